@@ -1,0 +1,72 @@
+"""Finished runs as data: what plot.py draws and results.py judges, found by their settings (run.json) and not by their names.
+
+A folder of runs (out/study/small, out/1b) holds one directory per run, and the tables that evaluate.py's sweeps wrote over them, `eval*`.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.config import UserError
+from rlhf.pretrained import read_json
+
+
+@dataclass(frozen=True)
+class RunLog:
+    path: Path
+    script: str  # train_rloo, train_simpo, ...
+    config: dict  # its settings
+    metrics: dict[str, np.ndarray]  # {column of metrics.jsonl: (lines,)}, nan where a line lacks it
+    result: dict  # result.json; empty if the run is not finished
+    evaluation: dict  # the sweep's line about the final model; empty if there is none
+    checkpoints: dict[int, dict] = field(default_factory=dict)  # {step: the sweep's line about that checkpoint}
+
+    @property
+    def win_rate(self) -> float | None:
+        """Share of posts won against the human reference, of the final model, by the first judge of the sweep."""
+        return self.evaluation.get("win_rate")
+
+
+def read_columns(path: str | Path) -> dict[str, np.ndarray]:
+    """A metrics.jsonl as columns (lines,); a line that lacks a column has nan there."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file (is {path.parent} a run?)")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    keys = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, int | float) or v is None)
+    return {key: np.array([math.nan if line.get(key) is None else line[key] for line in lines], dtype=float) for key in keys}
+
+
+def find_runs(folder: str | Path) -> list[RunLog]:
+    """All runs right under `folder` that have a log, by name; with what the sweeps `folder`/eval* say of them. UserError if there is none."""
+    folder = Path(folder)
+    lines = [json.loads(line) for sweep in sorted(folder.glob("eval*/metrics.jsonl")) for line in sweep.read_text().splitlines()]
+    final = {Path(line["model"]).resolve(): line for line in lines}
+    runs = []
+    for described in sorted(folder.glob("*/run.json")):
+        run, about = described.parent, read_json(described)
+        script = Path(about["command"].split()[0]).stem
+        if script == "evaluate" or not (run / "metrics.jsonl").exists():
+            continue
+        checkpoints = {int(path.name.split("_")[1]): line for path, line in final.items() if path.parent == (run / "ckpt").resolve()}
+        runs.append(RunLog(run, script, about["config"], read_columns(run / "metrics.jsonl"),
+                           read_json(run / "result.json") if (run / "result.json").exists() else {}, final.get(run.resolve(), {}), checkpoints))
+    if not runs:
+        raise UserError(f"{folder}: no run in it (a directory with run.json and metrics.jsonl)")
+    return runs
+
+
+def select(runs: list[RunLog], script: str, **settings) -> list[RunLog]:
+    """The runs of a script whose configuration has these values; a set or tuple of values means any of them."""
+    def fits(value, wanted) -> bool:
+        return value in wanted if isinstance(wanted, set | tuple) else value == wanted
+    return [run for run in runs if run.script == script and all(fits(run.config.get(key), wanted) for key, wanted in settings.items())]
+
+
+def by_setting(runs: list[RunLog], *names: str) -> dict:
+    """{value of that setting (of several: their tuple): its runs, which then are seeds}, in the order of the values."""
+    values = sorted({tuple(run.config[name] for name in names) for run in runs})
+    return {value[0] if len(names) == 1 else value: [r for r in runs if tuple(r.config[name] for name in names) == value] for value in values}

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# The paper's study in the toy world, where the true reward is known: every run behind RESULTS.md and docs/figures, about 250 of them, in at most 90 minutes on
+# 2 cores. Small, medium and large stand for the paper's 1B, 2.8B and 6.9B; the learning rates 3e-4, 3e-5 and 1.5e-5 for its 1e-6, 1e-7 and 5e-8 (online) and
+# 3e-4, 6e-5 for its 1e-6, 2e-7 (offline): 3e-4 is a rate at which KL-constrained RLOO and DPO work here. Seed s has its own reward model, prompts and samples.
+# Run again, it goes on where it was stopped. One run per core: JOBS=8 for a machine with more. OUT=... writes elsewhere.
+source "$(dirname "$0")/env.sh"
+out=${OUT:-out/study}
+jobs=${JOBS:-$(nproc)}
+export OMP_NUM_THREADS=1 out
+mkdir -p $out/logs
+began=$SECONDS
+
+# run_all: reads "directory <tab> command" lines, runs those that have no result yet, $jobs at a time; the first failure stops everything
+worker() {
+    local dir=${1%%$'\t'*} command=${1#*$'\t'} start=$SECONDS
+    local log=$out/logs/$(echo "${dir#$out/}" | tr / -).log
+    if $command --out_dir=$dir > $log 2>&1; then
+        echo "$(date +%H:%M:%S) $dir ($((SECONDS - start)) s)"
+    else
+        echo "FAILED: $command --out_dir=$dir"; tail -n 5 $log; exit 255
+    fi
+}
+export -f worker
+run_all() {
+    local tasks
+    tasks=$(while IFS=$'\t' read -r dir command; do [ -e $dir/result.json ] || printf '%s\t%s\n' "$dir" "$command"; done)
+    [ -z "$tasks" ] && return
+    echo "$(date +%H:%M:%S) $1: $(echo "$tasks" | wc -l) runs to do, $jobs at a time"
+    echo "$tasks" | tr '\n' '\0' | xargs -0 -n 1 -P $jobs bash -c 'worker "$1"' _
+}
+task() { printf '%s\t%s\n' "$1" "$2"; }
+
+# 1. world and SFT models: the sizes differ in the model only
+for size in large medium small; do
+    [ -e $out/$size/data/meta.json ] || python data/toy.py --out_dir=$out/$size/data --size=$size --overwrite > $out/logs/$size-data.log
+done
+for size in large medium small; do
+    task $out/$size/sft "python train_sft.py --resume --data_dir=$out/$size/data --model=$out/$size/data/base --init=scratch --lr=1.5e-3 --warmup=0.05
+        --batch_size=16 --epochs=2 --loss_on=response --max_grad_norm=1" | tr -s '\n ' ' ' && echo
+done | run_all SFT
+
+# 2. three reward models of each size, and what needs none: the offline methods, on the small model as in the paper
+{
+    for size in large medium small; do
+        for seed in 1 2 3; do
+            task $out/$size/rm_s$seed "python train_rm.py --resume --data_dir=$out/$size/data --model=$out/$size/sft --lr=7e-4 --warmup=0.05 --batch_size=32 --center_rows=1000 --seed=$seed"
+        done
+    done
+    for seed in 1 2 3; do
+        offline="python train_simpo.py --resume --data_dir=$out/small/data --model=$out/small/sft --train_rows=5000 --batch_size=32 --keep=0 --save_every=39 --seed=$seed"
+        for lr in 3e-4 6e-5; do
+            for gamma in 0 0.25 0.5 1 2; do                                                     # Figures 6, 7, 8, appendix B
+                for beta in 2 0.1; do
+                    task $out/small/simpo_beta${beta}_gamma${gamma}_lr${lr}_s$seed "$offline --loss=simpo --beta=$beta --gamma=$gamma --lr=$lr"
+                done
+            done
+            task $out/small/dpo_lr${lr}_s$seed "$offline --loss=dpo --beta=0.05 --lr=$lr"          # Figures 4, 9
+            task $out/small/dpo_length_lr${lr}_s$seed "$offline --loss=dpo_length --beta=2 --gamma=0 --lr=$lr"  # 4.3: SimPO with the reference's adaptive margin
+        done
+    done
+} | run_all "reward models and offline methods"
+
+# 3. RLOO, the long runs first
+rloo() {  # size, name, options
+    for seed in 1 2 3; do
+        task $out/$1/rloo_$2_s$seed "python train_rloo.py --resume --data_dir=$out/$1/data --model=$out/$1/sft --reward_model=$out/$1/rm_s$seed --k=4
+            --batch_size=64 --episodes=4096 --temperature=0.7 --eval_rows=500 --seed=$seed $3" | tr -s '\n ' ' ' && echo
+    done
+}
+{
+    for size in large medium small; do
+        betas="0.2 0.05"; alphas="0 0.1 1"; lrs="3e-4 3e-5"
+        [ $size = large ] || { betas="0.5 0.2 0.05 0.02"; alphas="0 0.1 0.3 1"; lrs="3e-4 3e-5 1.5e-5"; }
+        for beta in $betas; do                                                                  # 4.1; coefficient 0 is the MaxEnt run with coefficient 0
+            rloo $size kl_${beta}_lr3e-4 "--reward=kl --kl_coef=$beta --lr=3e-4"
+        done
+        for lr in $lrs; do                                                                      # eq. 7: Figures 1, 2, 3, 5, 10, 11
+            for alpha in $alphas; do
+                rloo $size maxent_length_${alpha}_lr$lr "--reward=maxent_length --entropy_coef=$alpha --lr=$lr"
+            done
+        done
+        [ $size = large ] && continue
+        for alpha in 0.1 0.3 1; do                                                              # 4.2.1
+            rloo $size minent_length_${alpha}_lr3e-4 "--reward=minent_length --entropy_coef=$alpha --lr=3e-4"
+        done
+    done
+    for lr in 3e-4 3e-5; do
+        for clip in 1e-2 1e-4; do                                                               # 4.2: tightening the clip range, 2.8B
+            rloo medium clip${clip}_lr$lr "--reward=maxent_length --entropy_coef=0.1 --clip=$clip --lr=$lr"
+        done
+        for alpha in 0.02 0.1; do                                                               # eq. 6
+            rloo small maxent_${alpha}_lr$lr "--reward=maxent --entropy_coef=$alpha --lr=$lr"
+        done
+        for alpha in 0.1 1; do                                                                  # padding filled with 1.0 instead of masked
+            rloo small fill_${alpha}_lr$lr "--reward=maxent_length --entropy_coef=$alpha --invalid_logprob_fill=1.0 --lr=$lr"
+        done
+    done
+} | run_all RLOO
+
+# 4. best-of-n, and the win rate of everything against the reference summaries by the gold reward. Sampled as in training: greedy summaries of the
+#    SFT model are as good as the references in this world (win rate 0.49), which leaves nothing to gain; greedy gold is in every result.json.
+for size in large medium small; do
+    for seed in 1 2 3; do
+        task $out/$size/best_of_n_s$seed "python best_of_n.py --overwrite --data_dir=$out/$size/data --model=$out/$size/sft --reward_model=$out/$size/rm_s$seed --seed=$seed"
+    done
+done | run_all "best of n"
+evaluate() {  # size, folder, models
+    echo "python evaluate.py --resume --data_dir=$out/$1/data --model=$3 --ref_model=$out/$1/sft --judge=gold --n=500 --temperature=0.7 --sample_temperature=0.7 --out_dir=$out/$1/$2"
+}
+{
+    evaluate small eval "$out/small/sft,$out/small/rloo_*,$out/small/simpo_*,$out/small/dpo_*"
+    evaluate medium eval "$out/medium/sft,$out/medium/rloo_*"
+    evaluate large eval "$out/large/sft,$out/large/rloo_*"
+    evaluate small eval_checkpoints "$out/small/simpo_beta2_*/ckpt/*"                           # Figure 6
+} | while read -r command; do [ -e "${command##*--out_dir=}/metrics.jsonl" ] || printf '%s\0' "$command"; done |
+    xargs -0 -r -n 1 -P $jobs bash -c 'set -f; $1 > $out/logs/$(echo "${1##*--out_dir=}" | tr / -).log 2>&1 && echo "$(date +%H:%M:%S) ${1##*--out_dir=}" || exit 255' _
+
+# 5. figures and verdicts
+folders=small=$out/small,medium=$out/medium,large=$out/large
+for figure in 1 2 3 4 5 6 7 8 9 10 11 12 gold_kl proxy_gold best_of_n reward_gold; do
+    python plot.py --figure=$figure --runs=$folders --caption="toy world, 3 seeds with a reward model each: mean and range" --out=docs/figures/figure_$figure.png
+done
+python results.py --study=$out --out=RESULTS.md
+echo "RESULTS.md and docs/figures after $((SECONDS - began)) seconds"
