@@ -4,11 +4,13 @@ A preference is a number in [0, 1]: 1 = the summary wins, 0 = the reference wins
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 Z = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # the same of Student's t, by degrees of freedom
 BUCKETS = ((0, 0.5), (0.5, 0.8), (0.8, 1.25), (1.25, 2), (2, math.inf))  # summary length / reference length
 
 
@@ -24,6 +26,19 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     return 0.0 if share == 0 else middle - half, 1.0 if share == 1 else middle + half  # exact where rounding would leave 1e-18
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of a few independent numbers (seeds) and its 95 % interval of Student's t; of one number the interval is endless."""
+    n = len(values)
+    middle = math.fsum(values) / n
+    if n == 1:
+        return middle, -math.inf, math.inf
+    deviation = math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (n - 1))
+    d = n - 1  # beyond the table: Cornish and Fisher's series in 1/d, right to 0.01
+    quantile = T95[d] if d in T95 else Z + (Z**3 + Z) / (4 * d) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * d**2)
+    half = quantile * deviation / math.sqrt(n)
+    return middle, middle - half, middle + half
 
 
 def win_rate(preferences: list[float]) -> dict[str, float | int | None]:
