@@ -200,8 +200,8 @@ def lower_rate(study: Study) -> Claim:
     return Claim(
         "A lower learning rate makes MaxEnt more stable",
         "4.2: \"Lower learning rates improve stability\".",
-        "Gold reward at a tenth of the learning rate minus that at the full one, mean over the coefficients. Holds if the interval is above 0 at every size; "
-        "does not hold if it is below 0 at one.",
+        "Gold reward at a tenth of the learning rate minus that at the full one, mean over the coefficients. Holds if the interval is above 0 at every "
+        "size; does not hold if it is below 0 at one.",
         decide(all(g[1] > 0 for g in gains.values()), any(g[2] < 0 for g in gains.values())),
         "; ".join(f"{size} {pm(g)}" for size, g in gains.items()), "gold_kl")
 
@@ -262,14 +262,12 @@ def entropy_bonus_tells(study: Study) -> Claim:
     return Claim(
         "The entropy bonus decays in stable runs and grows in over-optimised ones",
         "4.2, Figures 1, 2, 10, 11: \"stable runs exhibit decaying entropy bonuses, while overoptimized runs show increasing entropy bonuses\".",
-        "Over all MaxEnt arms that are clearly one or the other: does the bonus without its coefficient grow exactly when the arm is over-optimised? Holds "
-        "from "
-        "80 % of the arms on; does not hold below 60 %.",
+        "Over all MaxEnt arms that are clearly one or the other: does the bonus without its coefficient grow exactly when the arm is over-optimised? "
+        "Holds from 80 % of the arms on; does not hold below 60 %.",
         decide(share >= 0.8, share < 0.6),
         f"true of {100 * share:.0f} % of {len(rows)} arms. {described}. Among the arms with α = 0: true of {sum(zero)} of {len(zero)}", "1",
-        "With α = 0 nothing pays for entropy and it falls while the policy over-optimises; with a large α it rises because it is paid for, over-optimised "
-        "or not. "
-        "The bonus tells what the reward pays, not whether the reward is being hacked.")
+        "With α = 0 nothing pays for entropy and it falls while the policy over-optimises; with a large α it rises because it is paid for, "
+        "over-optimised or not. The bonus tells what the reward pays, not whether the reward is being hacked.")
 
 
 def medium_fails(study: Study) -> Claim:
@@ -292,8 +290,8 @@ def large_like_small(study: Study) -> Claim:
     return Claim(
         "6.9B: stable at a tenth of the learning rate, over-optimised at the full one, like 1B",
         "4.2, Figures 10 and 11.",
-        "Holds if at the large size some α > 0 at a tenth is better than SFT without a fall and all at the full rate are over-optimised; does not hold if all "
-        "α > 0 at a tenth are over-optimised or one at the full rate is better without a fall.",
+        "Holds if at the large size some α > 0 at a tenth is better than SFT without a fall and all at the full rate are over-optimised; does not hold "
+        "if all α > 0 at a tenth are over-optimised or one at the full rate is better without a fall.",
         decide(any(o is False for o in stable) and all(o is True for o in broken), all(o is True for o in stable) or any(o is False for o in broken)),
         f"lr {TENTH:g}, " + arms_text(study, "large", low, "α") + f". lr {HIGH:g}, " + arms_text(study, "large", high, "α"), "11")
 
@@ -310,9 +308,8 @@ def kl_plateaus(study: Study) -> Claim:
     return Claim(
         "Well-tuned KL-constrained runs: the KL to the reference grows at first, then slowly",
         "4.2 and Figures 3, 5: \"an initial growth phase followed by slow KL increase\".",
-        "At the β with the best gold reward, the share of the final KL (in full, nats per sequence) that is gained in the second half of the updates: 0.5 "
-        "would be "
-        "a straight line. Holds if the mean is below 0.25 at every size, does not hold if it is above 0.4 at one.",
+        "At the β with the best gold reward, the share of the final KL (in full, nats per sequence) that is gained in the second half of the updates: "
+        "0.5 would be a straight line. Holds if the mean is below 0.25 at every size, does not hold if it is above 0.4 at one.",
         decide(all(s[0] < 0.25 for s in shares), any(s[0] > 0.4 for s in shares)), "; ".join(text), "3")
 
 
@@ -328,8 +325,8 @@ def maxent_kl_linear(study: Study) -> Claim:
     return Claim(
         "MaxEnt at a tenth of the learning rate: the KL grows about linearly",
         "4.2, Figures 3, 5, 11: \"For Pythia 1B and 6.9B, KL divergence grows approximately linearly without immediate collapse\".",
-        "R² of a straight line through the seeds' mean KL over updates. Holds if at least 0.95 for every arm; does not hold if below 0.9 for most. "
-        "(The learning rate falls linearly to 0, here as there, which bends every curve towards the end.)",
+        "R² of a straight line through the seeds' mean KL over updates. Holds if at least 0.95 for every arm; does not hold if below 0.9 for most. (The "
+        "learning rate falls linearly to 0, here as there, which bends every curve towards the end.)",
         decide(all(f >= 0.95 for f in fits), np.mean([f < 0.9 for f in fits]) > 0.5), "; ".join(text), "5",
         "The learning rate decays to 0, and a curve that is linear at a constant rate bends under it.")
 
@@ -369,8 +366,7 @@ def maxent_drift_grows(study: Study) -> Claim:
         DRIFT + "Holds if the mean grows in at least 80 % of the MaxEnt arms, does not hold if in less than 20 %.",
         decide(np.mean([f[0] > 0 for f in found.values()]) >= 0.8, np.mean([f[0] > 0 for f in found.values()]) < 0.2), ratio_text(found), "10",
         "With a learning rate that decays to 0 and Adam, whose steps do not grow with the gradient, the updates shrink whatever the objective. What "
-        "remains of the "
-        "claim is relative: compare the ratios with those of the KL-constrained arms.")
+        "remains of the claim is relative: compare the ratios with those of the KL-constrained arms.")
 
 
 def clipping(study: Study) -> Claim:
@@ -385,13 +381,11 @@ def clipping(study: Study) -> Claim:
         "A tighter clip range does not prevent over-optimisation",
         "4.2: \"for Pythia 2.8B, we experimented with clipping ranges as small as 1e-4, yet still observed increasing KL drift and eventual "
         "overoptimization\".",
-        "At the medium size, α = 0.1, high learning rate: holds if it is over-optimised at both tighter clip ranges; does not hold if at one of them it is "
-        "better "
-        "than SFT without a fall.",
+        "At the medium size, α = 0.1, high learning rate: holds if it is over-optimised at both tighter clip ranges; does not hold if at one of them it "
+        "is better than SFT without a fall.",
         decide(all(o is True for o in over), any(o is False for o in over)), "; ".join(text), "reward_gold",
-        "Clipping zeroes the gradient of a sequence once its ratio has left the range, so with 4 passes a tight range leaves one step per rollout and most "
-        "of the "
-        "movement is gone: it acts like a lower learning rate.")
+        "Clipping zeroes the gradient of a sequence once its ratio has left the range, so with 4 passes a tight range leaves one step per rollout and "
+        "most of the movement is gone: it acts like a lower learning rate.")
 
 
 def minent_small(study: Study) -> Claim:
@@ -428,18 +422,15 @@ def reference_margins(study: Study) -> Claim:
         "The reference's margins over a DPO batch are narrow and slightly negative, like a fixed margin",
         "4.3, Figure 4: the term \"is typically negative but small\", and lies \"within a relatively narrow range, consistent with the fixed margins "
         "commonly used\".",
-        "Negative: the mean of log π_ref(y_w) - log π_ref(y_l) over batches has an interval below 0. Narrow: 5 % to 95 % of the batch averages per token, "
-        "times SimPO's "
-        "β = 2, span less than the paper's own range of margins, 2. Holds if both, does not hold if one is clearly not so.",
+        "Negative: the mean of log π_ref(y_w) - log π_ref(y_l) over batches has an interval below 0. Narrow: 5 % to 95 % of the batch averages per "
+        "token, times SimPO's β = 2, span less than the paper's own range of margins, 2. Holds if both, does not hold if one is clearly not so.",
         decide(mean[2] < 0 and high - low < 2, mean[1] > 0 or high - low > 2),
         f"mean {pm(mean)} nats per sequence, batch averages {np.quantile(margins, 0.05):+.1f} to {np.quantile(margins, 0.95):+.1f} (5 % to 95 %); per "
-        f"token times 2: {low:+.2f} "
-        f"to {high:+.2f}. Single pairs spread about √{pairs} times as wide as averages of {pairs}: standard deviation of an average {margins.std():.2f}, "
-        f"of a pair "
+        f"token times 2: {low:+.2f} to {high:+.2f}. Single pairs spread about √{pairs} times as wide as averages of {pairs}: standard deviation of an "
+        f"average {margins.std():.2f}, of a pair "
         f"about {margins.std() * math.sqrt(pairs):.0f} nats", "4",
-        "In this world chosen and rejected are written by fallible people, not sampled from the reference, and the SFT model finds the better summary more "
-        "likely. "
-        "That the average of a batch is narrow says little: it is narrow because it is an average.")
+        "In this world chosen and rejected are written by fallible people, not sampled from the reference, and the SFT model finds the better summary "
+        "more likely. That the average of a batch is narrow says little: it is narrow because it is an average.")
 
 
 def simpo_arms(study: Study, lr: float, beta: float = 2.0) -> dict[float, list[RunLog]]:
@@ -501,8 +492,7 @@ def zero_margin(study: Study) -> Claim:
         "SimPO without a margin can do as well as DPO",
         "Appendix B: \"methods such as SimPO can achieve performance comparable to DPO even with a target margin of γ = 0\".",
         f"Win rate of SimPO (γ = 0, low rate) minus that of DPO at its better rate. Holds if the mean is above -{100 * COMPARABLE:.0f} points; does not "
-        f"hold if the interval is "
-        "below that.",
+        "hold if the interval is below that.",
         decide(gap[0] > -COMPARABLE, gap[2] < -COMPARABLE), f"difference {pm(tuple(100 * x for x in gap), 1)} points; DPO (lr {dpo[0].config['lr']:g}) wins "
         f"{percent(win_rates(dpo))}", "6")
 

@@ -14,7 +14,7 @@ There is no hidden NLL term (TRL's CPO adds one by default, recipe 9.2). Leaves 
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -92,11 +92,10 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--loss={cfg.loss}: known are {', '.join(PREFERENCE_LOSSES)}")
     if cfg.gamma is not None and cfg.gamma_beta_ratio is not None:
         raise UserError("--gamma and --gamma_beta_ratio are two spellings of one number: give one of them")
-    default_beta, default_gamma, default_lr = DEFAULTS.get(cfg.loss, DEFAULTS["simpo"])
-    beta = default_beta if cfg.beta is None else cfg.beta
-    gamma = default_gamma if cfg.gamma is None else cfg.gamma
-    gamma = gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * beta
-    peak_lr = default_lr if cfg.lr is None else cfg.lr
+    given, defaults = asdict(cfg), dict(zip(("beta", "gamma", "lr"), DEFAULTS.get(cfg.loss, DEFAULTS["simpo"])))
+    cfg = replace(cfg, **{key: value for key, value in defaults.items() if given[key] is None})  # so that run.json tells what was used
+    if cfg.gamma_beta_ratio is not None:
+        cfg = replace(cfg, gamma=cfg.gamma_beta_ratio * cfg.beta, gamma_beta_ratio=None)
     loss_fn, needs_reference = PREFERENCE_LOSSES[cfg.loss], cfg.loss in NEEDS_REFERENCE
 
     meta = read_meta(cfg.data_dir)
@@ -121,8 +120,8 @@ def main(cfg: Config) -> dict:
         compile_kernels()
         for model in filter(None, (policy, reference)):
             compile_layers(model)
-    optimizer = adamw(policy, peak_lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
-    print(f"{len(all_prompts)} rows, {total} updates of {cfg.batch_size}; {cfg.loss} beta {beta} gamma {gamma} lr {peak_lr}; "
+    optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
+    print(f"{len(all_prompts)} rows, {total} updates of {cfg.batch_size}; {cfg.loss} beta {cfg.beta} gamma {cfg.gamma} lr {cfg.lr}; "
           f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters on {device}")
 
     def logprobs_of(model, groups):
@@ -142,7 +141,7 @@ def main(cfg: Config) -> dict:
         if needs_reference:
             with torch.no_grad():
                 ref_logprobs, _ = logprobs_of(reference, groups)
-        losses, rewards = loss_fn(logprobs, ref_logprobs, mask, beta=beta, gamma=gamma, label_smoothing=cfg.label_smoothing)
+        losses, rewards = loss_fn(logprobs, ref_logprobs, mask, beta=cfg.beta, gamma=cfg.gamma, label_smoothing=cfg.label_smoothing)
         sums, means, logits = seq_logprobs(logprobs.detach(), mask), mean_logprobs(logprobs.detach(), mask), mean_logprobs(logits, mask)  # (n, K)
         best, worst = 0, -1  # the pair, or the two ends of a ranking
         stats = {"loss": losses.detach(), "accuracies": (rewards[:, best] > rewards[:, worst]).float(), "margins": rewards[:, best] - rewards[:, worst]}
@@ -168,7 +167,7 @@ def main(cfg: Config) -> dict:
             (losses.sum() / cfg.batch_size).backward()
             parts.append(stats)
         metrics = {key: torch.cat([part[key] for part in parts]).mean().item() for key in parts[0]}
-        set_lr(optimizer, lr := learning_rate(step, total, peak_lr, cfg.schedule, cfg.warmup))
+        set_lr(optimizer, lr := learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup))
         metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["loss"], cfg.max_grad_norm, step)
         metrics |= {"lr": lr, "seconds": time.time() - began}
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:

@@ -35,7 +35,7 @@ def read_columns(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file (is {path.parent} a run?)")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # the last one may be half written
     keys = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, int | float) or v is None)
     return {key: np.array([math.nan if line.get(key) is None else line[key] for line in lines], dtype=float) for key in keys}
 
@@ -44,16 +44,20 @@ def find_runs(folder: str | Path) -> list[RunLog]:
     """All runs right under `folder` that have a log, by name; with what the sweeps `folder`/eval* say of them. UserError if there is none."""
     folder = Path(folder)
     lines = [json.loads(line) for sweep in sorted(folder.glob("eval*/metrics.jsonl")) for line in sweep.read_text().splitlines()]
-    final = {Path(line["model"]).resolve(): line for line in lines}
+    evaluated: dict[Path, dict[str, dict]] = {}  # {folder: {name: line}}
+    for line in lines:
+        model = Path(line["model"]).resolve()
+        evaluated.setdefault(model.parent, {})[model.name] = line
     runs = []
     for described in sorted(folder.glob("*/run.json")):
-        run, about = described.parent, read_json(described)
+        path, about = described.parent, read_json(described)
         script = Path(about["command"].split()[0]).stem
-        if script == "evaluate" or not (run / "metrics.jsonl").exists():
+        if script in ("evaluate", "best_of_n") or not (path / "metrics.jsonl").exists() or not (metrics := read_columns(path / "metrics.jsonl")):
             continue
-        checkpoints = {int(path.name.split("_")[1]): line for path, line in final.items() if path.parent == (run / "ckpt").resolve()}
-        runs.append(RunLog(run, script, about["config"], read_columns(run / "metrics.jsonl"),
-                           read_json(run / "result.json") if (run / "result.json").exists() else {}, final.get(run.resolve(), {}), checkpoints))
+        result = read_json(path / "result.json") if (path / "result.json").exists() else {}
+        final = evaluated.get(path.parent.resolve(), {}).get(path.name, {})
+        steps = {int(name.split("_")[1]): line for name, line in evaluated.get((path / "ckpt").resolve(), {}).items()}
+        runs.append(RunLog(path, script, about["config"], metrics, result, final, steps))
     if not runs:
         raise UserError(f"{folder}: no run in it (a directory with run.json and metrics.jsonl)")
     return runs

@@ -6,6 +6,7 @@ A preference is a number in [0, 1]: 1 = the summary wins, 0 = the reference wins
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,8 +36,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if n == 1:
         return middle, -math.inf, math.inf
     deviation = math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (n - 1))
-    d = n - 1  # beyond the table: Cornish and Fisher's series in 1/d, right to 0.01
-    quantile = T95[d] if d in T95 else Z + (Z**3 + Z) / (4 * d) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * d**2)
+    d = n - 1  # beyond the table: Cornish and Fisher's series in 1/d, right to 0.003
+    series = Z + (Z**3 + Z) / (4 * d) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * d**2) + (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / (384 * d**3)
+    quantile = T95.get(d, series)
     half = quantile * deviation / math.sqrt(n)
     return middle, middle - half, middle + half
 
@@ -119,3 +121,23 @@ def position_bias(verdicts: list[list[str]]) -> dict[str, float | int | None]:
     same = sum(sorted(pair) in (["A", "B"], ["tie", "tie"]) for pair in twice)
     return {"answers": len(answers), "unread": answers.count("unread"), "first_share": share, "first_share_low": low,
             "first_share_high": high, "consistent": same / len(twice) if twice else None}
+
+
+def least_squares(features: list[np.ndarray], target: np.ndarray) -> tuple[float, float, float]:
+    """The two coefficients, and the share of the variance they explain."""
+    features = np.stack(features, 1)
+    coefs = np.linalg.lstsq(features, target, rcond=None)[0]
+    return *map(float, coefs), float(1 - ((features @ coefs - target) ** 2).sum() / ((target - target.mean()) ** 2).sum())
+
+
+def gao_fit(kl, gain) -> tuple[float, float, float]:
+    """a, b and R² of gain = d (a - b log d), d = sqrt(kl): the gold reward under RL of Gao et al. 2022 (arXiv 2210.10760). Points without KL say nothing."""
+    kl, gain = np.asarray(kl, dtype=float), np.asarray(gain, dtype=float)
+    d = np.sqrt(kl[kl > 0])
+    return least_squares([d, -d * np.log(d)], gain[kl > 0])
+
+
+def best_of_n_fit(kl, gain) -> tuple[float, float, float]:
+    """a, b and R² of gain = d (a - b d), d = sqrt(kl): the gold reward of best-of-n of Gao et al. 2022."""
+    d = np.sqrt(np.asarray(kl, dtype=float))
+    return least_squares([d, -d * d], np.asarray(gain, dtype=float))

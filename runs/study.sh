@@ -28,7 +28,7 @@ run_all() {
     echo "$(date +%H:%M:%S) $1: $(echo "$tasks" | wc -l) runs to do, $jobs at a time"
     echo "$tasks" | tr '\n' '\0' | xargs -0 -n 1 -P $jobs bash -c 'worker "$1"' _
 }
-task() { printf '%s\t%s\n' "$1" "$2"; }
+task() { printf '%s\t%s\n' "$1" "$(echo "$2" | tr -s '\n ' ' ')"; }
 
 # 1. world and SFT models: the sizes differ in the model only
 for size in large medium small; do
@@ -36,18 +36,20 @@ for size in large medium small; do
 done
 for size in large medium small; do
     task $out/$size/sft "python train_sft.py --resume --data_dir=$out/$size/data --model=$out/$size/data/base --init=scratch --lr=1.5e-3 --warmup=0.05
-        --batch_size=16 --epochs=2 --loss_on=response --max_grad_norm=1" | tr -s '\n ' ' ' && echo
+        --batch_size=16 --epochs=2 --loss_on=response --max_grad_norm=1"
 done | run_all SFT
 
 # 2. three reward models of each size, and what needs none: the offline methods, on the small model as in the paper
 {
     for size in large medium small; do
         for seed in 1 2 3; do
-            task $out/$size/rm_s$seed "python train_rm.py --resume --data_dir=$out/$size/data --model=$out/$size/sft --lr=7e-4 --warmup=0.05 --batch_size=32 --center_rows=1000 --seed=$seed"
+            task $out/$size/rm_s$seed "python train_rm.py --resume --data_dir=$out/$size/data --model=$out/$size/sft --seed=$seed
+                --lr=7e-4 --warmup=0.05 --batch_size=32 --center_rows=1000"
         done
     done
     for seed in 1 2 3; do
-        offline="python train_simpo.py --resume --data_dir=$out/small/data --model=$out/small/sft --train_rows=5000 --batch_size=32 --keep=0 --save_every=39 --seed=$seed"
+        offline="python train_simpo.py --resume --data_dir=$out/small/data --model=$out/small/sft --seed=$seed
+            --train_rows=5000 --batch_size=32 --keep=0 --save_every=39"
         for lr in 3e-4 6e-5; do
             for gamma in 0 0.25 0.5 1 2; do                                                     # Figures 6, 7, 8, appendix B
                 for beta in 2 0.1; do
@@ -55,7 +57,7 @@ done | run_all SFT
                 done
             done
             task $out/small/dpo_lr${lr}_s$seed "$offline --loss=dpo --beta=0.05 --lr=$lr"          # Figures 4, 9
-            task $out/small/dpo_length_lr${lr}_s$seed "$offline --loss=dpo_length --beta=2 --gamma=0 --lr=$lr"  # 4.3: SimPO with the reference's adaptive margin
+            task $out/small/dpo_length_lr${lr}_s$seed "$offline --loss=dpo_length --beta=2 --gamma=0 --lr=$lr"  # 4.3: the reference's adaptive margin
         done
     done
 } | run_all "reward models and offline methods"
@@ -64,7 +66,7 @@ done | run_all SFT
 rloo() {  # size, name, options
     for seed in 1 2 3; do
         task $out/$1/rloo_$2_s$seed "python train_rloo.py --resume --data_dir=$out/$1/data --model=$out/$1/sft --reward_model=$out/$1/rm_s$seed --k=4
-            --batch_size=64 --episodes=4096 --temperature=0.7 --eval_rows=500 --seed=$seed $3" | tr -s '\n ' ' ' && echo
+            --batch_size=64 --episodes=4096 --temperature=0.7 --eval_rows=500 --seed=$seed $3"
     done
 }
 {
@@ -101,11 +103,13 @@ rloo() {  # size, name, options
 #    SFT model are as good as the references in this world (win rate 0.49), which leaves nothing to gain; greedy gold is in every result.json.
 for size in large medium small; do
     for seed in 1 2 3; do
-        task $out/$size/best_of_n_s$seed "python best_of_n.py --overwrite --data_dir=$out/$size/data --model=$out/$size/sft --reward_model=$out/$size/rm_s$seed --seed=$seed"
+        task $out/$size/best_of_n_s$seed "python best_of_n.py --overwrite --data_dir=$out/$size/data --model=$out/$size/sft
+            --reward_model=$out/$size/rm_s$seed --seed=$seed"
     done
 done | run_all "best of n"
 evaluate() {  # size, folder, models
-    echo "python evaluate.py --resume --data_dir=$out/$1/data --model=$3 --ref_model=$out/$1/sft --judge=gold --n=500 --temperature=0.7 --sample_temperature=0.7 --out_dir=$out/$1/$2"
+    echo "python evaluate.py --resume --data_dir=$out/$1/data --model=$3 --ref_model=$out/$1/sft --judge=gold --n=500 --temperature=0.7" \
+        "--sample_temperature=0.7 --out_dir=$out/$1/$2"
 }
 {
     evaluate small eval "$out/small/sft,$out/small/rloo_*,$out/small/simpo_*,$out/small/dpo_*"
@@ -113,12 +117,13 @@ evaluate() {  # size, folder, models
     evaluate large eval "$out/large/sft,$out/large/rloo_*"
     evaluate small eval_checkpoints "$out/small/simpo_beta2_*/ckpt/*"                           # Figure 6
 } | while read -r command; do [ -e "${command##*--out_dir=}/metrics.jsonl" ] || printf '%s\0' "$command"; done |
-    xargs -0 -r -n 1 -P $jobs bash -c 'set -f; $1 > $out/logs/$(echo "${1##*--out_dir=}" | tr / -).log 2>&1 && echo "$(date +%H:%M:%S) ${1##*--out_dir=}" || exit 255' _
+    xargs -0 -r -n 1 -P $jobs bash -c 'set -f; to=${1##*--out_dir=}; $1 > $out/logs/$(echo "${to#$out/}" | tr / -).log 2>&1 && echo "$(date +%H:%M:%S) $to" || exit 255' _
 
 # 5. figures and verdicts
 folders=small=$out/small,medium=$out/medium,large=$out/large
 for figure in 1 2 3 4 5 6 7 8 9 10 11 12 gold_kl proxy_gold best_of_n reward_gold; do
-    python plot.py --figure=$figure --runs=$folders --caption="toy world, 3 seeds with a reward model each: mean and range" --out=docs/figures/figure_$figure.png
+    python plot.py --figure=$figure --runs=$folders --out=docs/figures/figure_$figure.png \
+        --caption="toy world, 3 seeds with a reward model each: mean and range"
 done
 python results.py --study=$out --out=RESULTS.md
 echo "RESULTS.md and docs/figures after $((SECONDS - began)) seconds"

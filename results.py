@@ -1,0 +1,241 @@
+"""RESULTS.md from the runs of runs/study.sh: the paper's claims with their verdicts (claims.py), four questions it leaves open, and the table of all arms.
+
+    python results.py --study=out/study --out=RESULTS.md
+
+Everything in the report is computed from the runs' logs; nothing is typed in by hand.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import claims
+from claims import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, WINDOW, Study, change, golds, last, percent, pm, smoothed, standing, win_rates
+from rlhf.config import run
+from rlhf.runs import RunLog, find_runs, read_columns, select
+from rlhf.stats import gao_fit, t_interval
+
+FELL, STAYED = 0.1, 0.05  # gold: a run that fell by more than this from its peak over-optimised; one that fell by less stayed healthy
+FALSE_ALARMS = 0.1  # share of healthy runs that a threshold may alarm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    study: str = "out/study"  # what runs/study.sh wrote: folders small, medium, large
+    out: str = "RESULTS.md"  # the report
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+# --- what the paper leaves open
+
+
+def adaptive_margin(study: Study) -> str:
+    rows = []
+    for lr in (OFFLINE_HIGH, OFFLINE_LOW):
+        arms = {"dpo_length, β = 2: adaptive": study.offline("dpo_length", lr), "DPO, β = 0.05": study.offline("dpo", lr)}
+        arms |= {f"SimPO, β = 2, γ = {gamma:g}": study.offline("simpo", lr, beta=2.0, gamma=gamma) for gamma in (0.0, 0.25, 0.5, 1.0, 2.0)}
+        for name, arm in arms.items():
+            margin = 2 * np.mean([r.metrics["ref_margin_mean"].mean() for r in arm]) if "dpo_length" in name else arm[0].config["gamma"]
+            rows.append([f"{lr:g}", name, "" if "DPO" in name else f"{margin:.2f}", pm(standing(study, "small", arm).gain), percent(win_rates(arm)),
+                         f"{np.mean([change(r, 'logps/chosen') for r in arm]):+.1f}", f"{np.mean([r.evaluation['kl_full'] for r in arm]):.2f}"])
+    verdicts = []
+    for lr in (OFFLINE_HIGH, OFFLINE_LOW):
+        adaptive, fixed, dpo = study.offline("dpo_length", lr), study.offline("simpo", lr, beta=2.0, gamma=0.5), study.offline("dpo", lr)
+        to_fixed, to_dpo = t_interval(golds(adaptive) - golds(fixed)), t_interval(golds(dpo) - golds(fixed))
+        word = "better than" if to_fixed[1] > 0 else "worse than" if to_fixed[2] < 0 else "not distinguishable from"
+        verdicts.append(f"At {lr:g} the adaptive margin is {word} the fixed γ = 0.5 (gold {pm(to_fixed)}); DPO minus that SimPO: {pm(to_dpo)}.")
+    return ("Length-normalised DPO is SimPO whose margin is β times the reference's own mean log-prob difference: the same margin on average as a fixed γ "
+            "(column margin), but another for each pair. If adaptivity were what separates DPO from SimPO, it would close the gap.\n\n"
+            + table(["lr", "loss", "mean margin", "gold minus SFT", "win rate", "change of log π(chosen)", "KL"], rows) + "\n" + " ".join(verdicts) + "\n")
+
+
+def small_beta(study: Study) -> str:
+    rows = []
+    for lr in (OFFLINE_HIGH, OFFLINE_LOW):
+        for gamma in (0.0, 0.25, 0.5, 1.0, 2.0):
+            two, tenth = (study.offline("simpo", lr, beta=beta, gamma=gamma) for beta in (2.0, 0.1))
+            rows.append([f"{lr:g}", f"{gamma:g}", *(cell for arm in (two, tenth) for cell in (
+                pm(standing(study, "small", arm).gain), f"{np.mean([change(r, 'logps/chosen') for r in arm]):+.1f}"))])
+    gaps = [(lr, t_interval(np.mean([golds(study.offline("simpo", lr, beta=0.1, gamma=g)) - golds(study.offline("simpo", lr, beta=2.0, gamma=g))
+                                     for g in (0.25, 0.5, 1.0, 2.0)], axis=0))) for lr in (OFFLINE_HIGH, OFFLINE_LOW)]
+    return ("The paper does not state SimPO's β. At TRL's default of 0.1 a margin γ asks for γ/β nats per token, 20 times what it asks for at 2.\n\n"
+            + table(["lr", "γ", "β = 2: gold minus SFT", "change of log π(chosen)", "β = 0.1: gold minus SFT", "change of log π(chosen)"], rows)
+            + "\nβ = 0.1 minus β = 2, mean over γ > 0: " + "; ".join(f"lr {lr:g} {pm(g)}" for lr, g in gaps) + ".\n")
+
+
+def fill(study: Study) -> str:
+    rows, worse = [], []
+    for lr in (HIGH, TENTH):
+        for coef in (0.1, 1.0):
+            masked, filled = (study.rloo("small", "maxent_length", coef, lr, fill=value) for value in (None, 1.0))
+            gap = t_interval(golds(filled) - golds(masked))
+            worse.append(gap[2] < 0)
+            rows.append([f"{lr:g}", f"{coef:g}", *(pm(standing(study, "small", arm).gain) for arm in (masked, filled)), pm(gap),
+                         *(f"{np.mean([last(r, 'response_length') for r in arm]):.1f}" for arm in (masked, filled)),
+                         *(f"{100 * np.mean([last(r, 'eos_share') for r in arm]):.0f} %" for arm in (masked, filled))])
+    return ("TRL filled the log-probs after the EOS with 1.0; summed over the padding and divided by |y|, eq. 7 then contains a hidden penalty of β(R - "
+            "|y|)/|y| on short answers (`--invalid_logprob_fill=1.0`). Whether the paper's code had it is not known.\n\n"
+            + table(["lr", "α", "masked: gold minus SFT", "filled", "filled minus masked", "tokens, masked", "filled", "EOS, masked", "filled"], rows)
+            + f"\nThe fill makes the gold reward worse in {sum(worse)} of {len(worse)} settings (interval below 0).\n")
+
+
+def fits(study: Study, root: Path) -> str:
+    rows = []
+    for size in SIZES:
+        sft = study.sft(size)["gold"]
+        families = {"KL-constrained": claims.kl_arms(study, size), "MaxEnt, full rate": claims.maxent(study, size, HIGH),
+                    "MaxEnt, a tenth": claims.maxent(study, size, TENTH)}
+        for name, arms in families.items():
+            runs = [r for arm in arms.values() for r in arm]
+            kl, gain = (np.concatenate([smoothed(r.metrics[key]) for r in runs]) for key in ("kl_full", "gold"))
+            a, b, r2 = gao_fit(kl, gain - sft)
+            rows.append([size, name, f"{a:.2f}", f"{b:.2f}", f"{r2:.2f}", f"{kl.max():.1f}", f"{math.exp(a / b - 1) ** 2:.1f}" if b > 0 and a / b < 4 else ""])
+        columns = [read_columns(path) for path in sorted((root / size).glob("best_of_n*/metrics.jsonl"))]
+        gold = np.mean([c["gold"] for c in columns], axis=0)
+        peak = gold.argmax()
+        rows.append([size, f"best of n: {gold[0]:.2f} at n = 1, highest {gold[peak]:.2f} at n = {columns[0]['n'][peak]:.0f} (KL {columns[0]['kl'][peak]:.1f}), "
+                     f"{gold[-1]:.2f} at n = {columns[0]['n'][-1]:.0f}", "", "", "", f"{columns[0]['kl'][-1]:.1f}", ""])
+    return ("gold - gold_SFT = d (a - b log d), d = √KL (Gao et al. 2022, for RL), over the updates of all seeds and coefficients of a family; the peak of "
+            "the fitted curve lies at KL = exp(a/b - 1)². One curve for a family is a summary, not a law: R² says how well it does.\n\n"
+            + table(["size", "family", "a", "b", "R²", "largest KL", "KL of the peak"], rows))
+
+
+# --- early warning
+
+SIGNALS = {  # what a user sees without a gold reward -> a number that should rise before trouble; all of the past and present only
+    "KL to the reference, level": lambda m: m("kl_full"),
+    "KL between updates, over its lowest so far": lambda m: m("kl_prev/k3") / np.minimum.accumulate(m("kl_prev/k3")),
+    "entropy bonus (per token), rise": lambda m: m("length_normalized_surprisal") - m("length_normalized_surprisal")[0],
+    "entropy bonus, change either way": lambda m: abs(m("length_normalized_surprisal") - m("length_normalized_surprisal")[0]),
+    "response length, change either way": lambda m: abs(m("response_length") - m("response_length")[0]),
+    "share of EOS, fall": lambda m: m("eos_share")[0] - m("eos_share"),
+    "RM-score variance, rise": lambda m: m("scores_std") - m("scores_std")[0],
+    "RM-score variance, fall": lambda m: m("scores_std")[0] - m("scores_std"),
+    "RM score, rise": lambda m: m("scores") - m("scores")[0],
+}
+
+
+def signal(run: RunLog, name: str) -> np.ndarray:
+    """(updates - 3,): the signal of the causal mean over 4 updates; entry i is known after update i + 4."""
+    return SIGNALS[name](lambda key: smoothed(run.metrics[key], 4))
+
+
+def early_warning(study: Study) -> str:
+    runs = [r for size in SIZES for r in select(study.folders[size], "train_rloo")]
+    fall = {id(r): (curve := smoothed(r.metrics["gold"])).max() - curve[-1] for r in runs}
+    peak = {id(r): int(smoothed(r.metrics["gold"]).argmax()) + WINDOW // 2 for r in runs}  # update in the middle of the best window
+    seeds = sorted({r.config["seed"] for r in runs})
+    rows = []
+    for name in SIGNALS:
+        alarms, false, leads = [], [], []
+        for held in seeds:  # the threshold comes from the other seeds, so from other reward models
+            healthy = [signal(r, name).max() for r in runs if r.config["seed"] != held and fall[id(r)] < STAYED]
+            threshold = np.quantile(healthy, 1 - FALSE_ALARMS)
+            for r in (r for r in runs if r.config["seed"] == held):
+                above = np.flatnonzero(signal(r, name) > threshold)
+                if fall[id(r)] < STAYED:
+                    false.append(len(above) > 0)
+                elif fall[id(r)] > FELL:
+                    alarms.append(len(above) > 0)
+                    if len(above):
+                        leads.append(peak[id(r)] - (above[0] + 4))
+        before = np.sum(np.array(leads) > 0) / len(alarms)
+        rows.append((np.median(leads) if leads else -math.inf, [name, f"{100 * np.mean(alarms):.0f} %", f"{100 * before:.0f} %",
+                    f"{np.median(leads):+.0f} ({np.quantile(leads, 0.25):+.0f} to "
+                    f"{np.quantile(leads, 0.75):+.0f})" if leads else "", f"{100 * np.mean(false):.0f} %"]))
+    fallen, healthy = sum(f > FELL for f in fall.values()), sum(f < STAYED for f in fall.values())
+    rows.sort(key=lambda row: (-float(row[1][1].split()[0]), -row[0]))
+    return (f"All {len(runs)} RLOO runs of the grid. {fallen} over-optimised (gold, mean of {WINDOW} updates, more than {FELL} below its peak at the end), "
+            f"{healthy} stayed healthy (less than {STAYED} below). A signal alarms at the first update where its mean over 4 updates exceeds a threshold; "
+            f"the threshold is the lowest that would have alarmed at most {100 * FALSE_ALARMS:.0f} % of the healthy runs of the OTHER seeds (other reward "
+            "models). Lead: updates from the alarm to the gold peak, positive = warned before it.\n\n"
+            + table(["signal", "alarmed, of over-optimised runs", "before the gold peak", "median lead in updates (quartiles)", "false alarms, held-out"],
+                    [row for _, row in rows]))
+
+
+# --- the report
+
+
+def setting(r: RunLog) -> tuple:
+    """What an arm is, in four cells: method, its note, learning rate, coefficient or margin."""
+    c = r.config
+    if r.script == "train_simpo":
+        return c["loss"], f"β {c['beta']:g}", c["lr"], c["gamma"] or 0.0
+    notes = [f"clip {c['clip']:g}"] * (c["clip"] != 0.2) + ["fill 1.0"] * (c["invalid_logprob_fill"] is not None)
+    return f"RLOO {c['reward']}", " ".join(notes), c["lr"], c["kl_coef"] if c["reward"] == "kl" else c["entropy_coef"]
+
+
+def all_arms(study: Study) -> str:
+    rows = []
+    for size in SIZES:
+        arms: dict[tuple, list[RunLog]] = {}
+        for r in (r for r in study.folders[size] if r.script in ("train_rloo", "train_simpo")):
+            arms.setdefault(setting(r), []).append(r)
+        for (method, note, lr, coef), arm in sorted(arms.items(), key=lambda item: (*item[0][:2], -item[0][2], item[0][3])):
+            arm.sort(key=lambda r: r.config["seed"])
+            s, measured = standing(study, size, arm), {key: np.mean([r.evaluation[key] for r in arm]) for key in ("kl_full", "entropy")}
+            online = [pm(s.drop), f"{np.mean([last(r, 'scores') for r in arm]):.2f}", s] if method.startswith("RLOO") else ["", "", ""]
+            rows.append([size, method, note, f"{lr:g}", f"{coef:g}", len(arm), pm(s.gain), percent(win_rates(arm)),
+                         f"{np.mean([r.result['greedy/gold'] for r in arm]):.2f}", f"{measured['kl_full']:.2f}", f"{measured['entropy']:.2f}", *online])
+    return table(["size", "method", "", "lr", "coefficient or γ", "seeds", "gold minus SFT", "win rate", "greedy gold", "KL", "entropy", "fall of gold",
+                  "proxy", "standing"], rows)
+
+
+HEAD = """# Results: the paper's claims in a world where the true reward is known
+
+Written by `python results.py` from the runs of `bash runs/study.sh`; do not edit by hand. {date}, {device}, torch {torch}; {runs} runs.
+
+**The world** (`data/toy_world.py`): posts hide three to five facts among distractions; the gold reward of a summary is exact; fallible people with a
+liking for flourishes compare summaries; a reward model learns from 20,000 such choices and is right on {accuracy} of held-out ones. Three small GPT-NeoX
+models stand for the paper's three: small (0.13M parameters) for 1B, medium (0.66M) for 2.8B, large (1.9M) for 6.9B. RLOO with k = 4, 64 updates of 64
+responses, 4 passes each, temperature 0.7, a learning rate that falls linearly to 0. The learning rates 3e-4, 3e-5 and 1.5e-5 stand for 1e-6, 1e-7 and
+5e-8: the first is one at which the KL-constrained runs work, found with KL-constrained runs alone; offline 3e-4 and 6e-5 stand for 1e-6 and 2e-7, the
+first one at which DPO works. What holds here need not hold for Pythia on TL;DR, and the other way round: `runs/paper_1b.sh` and its siblings are the same
+grid there.
+
+**How to read the numbers.** Three seeds per arm, each with its own reward model, prompts and samples; ± is the half width of the 95 % interval of
+Student's t over the seeds, which with three of them is 2.5 standard deviations. `gold` is the mean gold reward of 500 validation summaries sampled at 0.7,
+as in training; `gold +0.10` means above the SFT model's. `fall` is how far the gold reward of the training samples (means of {window} updates) ended below
+its peak, the peak taken from the other seeds. The win rate is the share of those 500 summaries with a higher gold reward than the human reference. The
+paper judges greedy summaries; here greedy summaries of the SFT model are as good as the references already (gold {greedy}), which leaves little to gain,
+so sampled ones are judged (greedy gold is in the table of all arms). Every rule was written before the runs were made.
+"""
+
+
+def main(cfg: Config) -> dict:
+    root = Path(cfg.study)
+    study = Study({size: find_runs(root / size) for size in SIZES})
+    about = json.loads((select(study.folders["small"], "train_rloo")[0].path / "run.json").read_text())
+    accuracy = [r.result["accuracy"] for runs in study.folders.values() for r in select(runs, "train_rm")]
+    judged = [claim(study) for claim in claims.CLAIMS]
+    count = Counter(c.verdict for c in judged)
+    greedy = ", ".join(f"{select(study.folders[size], 'train_sft')[0].result['greedy/gold']:.2f} {size}" for size in SIZES)
+    parts = [HEAD.format(date=about["started"].split()[0], device=about["device"], torch=about["torch"], runs=sum(map(len, study.folders.values())),
+                         window=WINDOW, accuracy=f"{100 * min(accuracy):.0f} to {100 * max(accuracy):.0f} %",
+                         greedy=f"{greedy}, references {study.sft('small')['gold_reference']:.2f}"),
+             f"## Verdicts\n\n{len(judged)} claims: " + ", ".join(f"{number} {verdict}" for verdict, number in count.most_common()) + ".\n",
+             table(["", "claim", "verdict here"], [[i, c.title, f"**{c.verdict}**"] for i, c in enumerate(judged, 1)]), "## The claims\n"]
+    for i, c in enumerate(judged, 1):
+        reason = f"\n\n*Most likely reason:* {c.reason}" if c.reason and c.verdict != "holds" else ""
+        parts.append(f"### {i}. {c.title}\n\n*Paper:* {c.paper}\n\n*Rule:* {c.rule}\n\n*Here:* {c.ours}. "
+                     f"[Figure](docs/figures/figure_{c.figure}.png)\n\n**{c.verdict}**{reason}\n")
+    parts += ["## What the paper leaves open\n\n### Does an adaptive margin explain DPO's advantage over SimPO?\n", adaptive_margin(study),
+              "### Is it β?\n", small_beta(study), "### How much of \"MaxEnt over-optimises\" could a padding bug produce?\n", fill(study),
+              "### Gold reward against KL\n\n![gold against KL](docs/figures/figure_gold_kl.png)\n", fits(study, root),
+              "### Which logged metric warns first?\n", early_warning(study), "## All arms\n", all_arms(study)]
+    Path(cfg.out).write_text("\n".join(parts))
+    print(json.dumps({"claims": len(judged), **count, "out": cfg.out}))
+    return dict(count)
+
+
+if __name__ == "__main__":
+    run(main, Config)
