@@ -76,7 +76,7 @@ def main(cfg: Config) -> dict:
         raise UserError(f"{out} is not empty: replace it with --overwrite, or choose another --out_dir")
     R = read_meta(cfg.data_dir)["response_tokens"]
     posts, _ = read_posts(cfg.data_dir, f"sft_{cfg.split}", [], cfg.rows)
-    model = frozen(from_pretrained(cfg.model, revision=cfg.revision, device=device))
+    model = frozen(from_pretrained(cfg.model, revision=cfg.revision, device=device), device, cfg.dtype)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
     scorer = make_judge("rm", **{**vars(cfg), "device": device})

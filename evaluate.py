@@ -164,7 +164,7 @@ def token_numbers(cfg: Config, device: torch.device, model, reference, prompts: 
 
 def summarise(cfg: Config, device: torch.device, path: str, reference, posts: list, references: list[Summary], R: int) -> list[dict]:
     """One row per post: the checkpoint's summary of at most R tokens, and what is measured without a judge, in nats and tokens with EOS."""
-    model = frozen(from_pretrained(path, revision=cfg.revision, device=device))
+    model = frozen(from_pretrained(path, revision=cfg.revision, device=device), device, cfg.dtype)
     tokenizer = load_tokenizer(path, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, path)
     prompts = [post.query_token for post in posts]
@@ -271,7 +271,7 @@ def main(cfg: Config) -> dict:
     options = {**vars(cfg), "device": device}
     judges = {name: make_judge(name, **options) for name in names}
     scorer = judges["rm"] if "rm" in judges else make_judge("rm", **options) if cfg.reward_model else None
-    reference = frozen(from_pretrained(cfg.ref_model, revision=cfg.revision, device=device)) if cfg.ref_model else None
+    reference = frozen(from_pretrained(cfg.ref_model, revision=cfg.revision, device=device), device, cfg.dtype) if cfg.ref_model else None
     if reference is not None:
         check_tokenizer(cfg.data_dir, load_tokenizer(cfg.ref_model, cfg.revision), reference.config.vocab_size, cfg.ref_model)
     out = open_out_dir(cfg, sweep)

@@ -182,7 +182,7 @@ def our_generation(task, gate: Gate) -> None:
     from rlhf.model import compile_layers
     from rlhf.pretrained import from_pretrained
     device = torch.device(task.cfg.device)
-    model = rlhf.common.frozen(from_pretrained(task.model_dir, device=device))
+    model = rlhf.common.frozen(from_pretrained(task.model_dir, device=device), device, task.cfg.dtype)
     if task.cfg.compile:
         compile_layers(model)
     prompts, generator = task.rows()[0], torch.Generator(device).manual_seed(1)

@@ -104,8 +104,8 @@ def main(cfg: Config) -> dict:
         return out.earlier_result()
 
     policy = from_pretrained(cfg.model, revision=cfg.revision, device=device)
-    reference = frozen(from_pretrained(cfg.ref_model or cfg.model, revision=cfg.revision, device=device))
-    reward_model = frozen(from_pretrained(cfg.reward_model, revision=cfg.revision, head="score", device=device))
+    reference = frozen(from_pretrained(cfg.ref_model or cfg.model, revision=cfg.revision, device=device), device, cfg.dtype)
+    reward_model = frozen(from_pretrained(cfg.reward_model, revision=cfg.revision, head="score", device=device), device, cfg.dtype)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     for model, name in ((policy, cfg.model), (reference, cfg.ref_model or cfg.model), (reward_model, cfg.reward_model)):
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)

@@ -110,7 +110,7 @@ def main(cfg: Config) -> dict:
         return out.earlier_result()
 
     policy = from_pretrained(cfg.model, revision=cfg.revision, device=device)
-    reference = frozen(from_pretrained(cfg.ref_model or cfg.model, revision=cfg.revision, device=device)) if needs_reference else None
+    reference = frozen(from_pretrained(cfg.ref_model or cfg.model, revision=cfg.revision, device=device), device, cfg.dtype) if needs_reference else None
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, policy.config.vocab_size, cfg.model)
     if cfg.ref_model:

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rlhf.config import RunError, UserError
+from rlhf.logprobs import product_dtype
 from rlhf.model import NeoX
 from rlhf.pretrained import load_weights, read_json, save_pretrained
 
@@ -58,8 +59,16 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
-def frozen(model: NeoX) -> NeoX:
-    return model.eval().requires_grad_(False)
+def frozen(model: NeoX, device: torch.device, dtype: str) -> NeoX:
+    """For inference only. Where matrix products run in bfloat16 its matrices are kept in it: half the memory, and no cast of all weights at every forward;
+    the numbers are the same. Embedding, norms and a reward head stay float32, as under autocast."""
+    model.eval().requires_grad_(False)
+    with autocast(device, dtype):
+        kind = product_dtype(device)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "score" and module.weight is not model.gpt_neox.embed_in.weight:
+            module.to(kind)
+    return model
 
 
 def adamw(model: nn.Module, lr: float, *, eps: float, weight_decay: float) -> torch.optim.AdamW:

@@ -1,9 +1,10 @@
 """K samples per prompt: the prompt is prefilled once, its K samples read the one prompt cache and append to caches of their own.
 
-The caches are allocated once per call at their final size, so every decode step has the same shapes (`torch.compile(mode="reduce-overhead")`
-turns it into one CUDA graph). Positions are explicit everywhere: nothing depends on padding (recipe 9.1, pitfall 1).
+The caches are allocated once per call at their final size, so every decode step has the same shapes and reads and writes the same tensors: on a GPU it is
+recorded once and replayed (a CUDA graph). Positions are explicit everywhere: nothing depends on padding (recipe 9.1, pitfall 1).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from rlhf.config import UserError
 from rlhf.groups import Groups, pack
 from rlhf.logprobs import product_dtype
 from rlhf.model import EOS, PAD, NeoX
+
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is chosen; divides Pythia's 50304
 
 
 @dataclass
@@ -74,10 +77,19 @@ class Cache:
         return attend
 
 
+def invert(weights: Tensor, share: Tensor) -> Tensor:
+    """weights (B, n), share (B, 1) in [0, 1) -> (B, 1): where the cumulative sum first exceeds that share of the total; never a weight of 0."""
+    cdf = weights.cumsum(-1)
+    total = cdf[:, -1:]
+    u = torch.minimum(share * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach the total, where nothing is
+    return torch.searchsorted(cdf, u, right=True)
+
+
 def sample(logits: Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """One token per row of logits (B, V) -> (B,). temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability.
 
-    Draws by inverting the cumulative distribution: one pass, where torch.multinomial on (32, 50304) takes 20 times as long on a CPU.
+    Draws by inverting the cumulative distribution, where torch.multinomial on (32, 50304) takes 20 times as long on a CPU. A large vocabulary in two steps,
+    first a block of tokens and then the token in it: sums are vectorised and a long cumulative sum is not.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -86,12 +98,35 @@ def sample(logits: Tensor, temperature: float, top_p: float = 1.0, generator: to
     if top_p < 1:
         probs, order = probs.sort(-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p * probs.sum(-1, keepdim=True), 0.0)
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    u = torch.rand(len(probs), 1, generator=generator, device=probs.device) * total
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach the total, where no token is
-    token = torch.searchsorted(cdf, u, right=True)  # (B, 1): the first token whose cumulative probability is above u
+    share = torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    if probs.shape[-1] % BLOCK or probs.shape[-1] < 64 * BLOCK:
+        token = invert(probs, share)  # (B, 1)
+    else:
+        blocks = probs.view(len(probs), -1, BLOCK)  # (B, V / BLOCK, BLOCK)
+        sums = blocks.sum(-1)  # (B, V / BLOCK)
+        block = invert(sums, share)  # (B, 1)
+        cdf = sums.cumsum(-1)
+        after = cdf.gather(1, block) - share * cdf[:, -1:]  # of that block's sum, what lies above the drawn point
+        inside = (1 - after / sums.gather(1, block)).clamp(0, 1)  # uniform again, within the block
+        token = block * BLOCK + invert(blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0], inside)  # (B, 1)
     return (order.gather(1, token) if top_p < 1 else token)[:, 0]
+
+
+def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`step`, which reads and writes the same tensors at every call, as a CUDA graph: one launch for some hundred kernels.
+
+    To be called after a first ordinary step: what allocates or initialises itself lazily must have done so. Under autocast the bfloat16 copies of the
+    weights that this first step made are what the graph reads, so a graph lives no longer than the surrounding autocast context.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
 
 
 @torch.no_grad()
@@ -111,16 +146,29 @@ def generate(model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int,
     hidden = model(groups.ids, groups.positions, cache.prefill(groups))  # (T, C)
     ends = torch.tensor([start + P - 1 for start, P, _ in groups.segments[:N]], device=device)
     logits = model.embed_out(hidden[ends]).float().repeat_interleave(K, 0)  # (N K, V): the K samples start from the same distribution
-    positions = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(K)  # (N K,)
     tokens = torch.full((N * K, R), PAD, device=device)
     ended = torch.zeros(N * K, dtype=torch.bool, device=device)
+
+    # what changes from one decode step to the next
+    new = torch.zeros(N * K, dtype=torch.long, device=device)
+    positions = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(K)  # (N K,)
+    time = torch.zeros(1, dtype=torch.long, device=device)
+
+    def step() -> Tensor:
+        return model.embed_out(model(new, positions, cache.decode(time))).float()  # (N K, V)
+
+    decode = step
     for t in range(R):
-        new = sample(logits, temperature, top_p, generator)  # (N K,)
+        new.copy_(sample(logits, temperature, top_p, generator))
         tokens[:, t] = torch.where(ended, PAD, new)
         ended |= new == EOS
         if t == R - 1 or (t % 8 == 7 or device.type == "cpu") and bool(ended.all()):  # on CUDA the question costs a sync
             break
-        logits = model.embed_out(model(new, positions + t, cache.decode(torch.tensor([t], device=device)))).float()  # (N K, V)
+        if t == 1 and device.type == "cuda":
+            decode = recorded(step)
+        logits = decode()
+        positions += 1
+        time += 1
     lengths = torch.where(ended, (tokens == EOS).int().argmax(1) + 1, R).tolist()
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
     return [rows[n * K : (n + 1) * K] for n in range(N)], ended.view(N, K).cpu()

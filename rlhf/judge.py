@@ -73,7 +73,7 @@ def reward_model_judge(*, reward_model: str, revision: str, data_dir: str, devic
     """A reward model's score, read at the last token there is: raw, without a missing-EOS rule. What was scored once is remembered."""
     if not reward_model:
         raise UserError("--judge=rm needs --reward_model (train one with train_rm.py)")
-    model = frozen(from_pretrained(reward_model, revision=revision, head="score", device=device))
+    model = frozen(from_pretrained(reward_model, revision=revision, head="score", device=device), device, dtype)
     check_tokenizer(data_dir, load_tokenizer(reward_model, revision), model.config.vocab_size, reward_model)
     known: dict[tuple, float] = {}
 

@@ -267,3 +267,25 @@ def test_a_large_vocabulary():
     tokens = torch.cat([sample(logits, 1.0, 1.0, generator) for _ in range(40)])
     counts = (tokens // 3144).bincount(minlength=16)  # in 16 equal parts
     assert chi_square(counts, torch.full((16,), 1 / 16)) < CHANCE
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_two_steps_draw_what_one_does(top_p, monkeypatch):
+    """By blocks and by one long cumulative sum: the same tokens, but for rounding at the border of two; and none without probability."""
+    logits = 3 * torch.randn(1, 8192)
+    logits[0, torch.randperm(8192)[:4000]] = -math.inf
+    logits[0, 128:640] = -math.inf  # whole blocks too
+    rows = logits.expand(4000, -1)
+    two = sample(rows, 1.0, top_p, torch.Generator().manual_seed(3))
+    monkeypatch.setattr("rlhf.generate.BLOCK", 10**6)
+    one = sample(rows, 1.0, top_p, torch.Generator().manual_seed(3))
+    assert (one == two).double().mean() > 0.995 and logits[0, two].isfinite().all()
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24, 1.0])
+def test_two_steps_at_the_ends(u, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, u))
+    logits = torch.full((2, 8192), -math.inf)
+    logits[0, [200, 8000]] = 0.0
+    logits[1, 5000] = 0.0
+    assert sample(logits, 1.0).tolist() == [200 if u < 0.4 else 8000, 5000]

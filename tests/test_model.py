@@ -1,5 +1,6 @@
 """GPT-NeoX against transformers: logits, gradients of every parameter, greedy tokens; and the same comparisons must fail when something is broken."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,10 @@ from transformers import GPTNeoXConfig
 from util import GRADIENT_TOLERANCE, RAW, TOLERANCE, VARIANTS, WIDE, causal, error, hidden_of, logits_of, our_name, pair, raw_config, worst_gradient
 
 import rlhf.model
+from rlhf.common import autocast, frozen
 from rlhf.config import UserError
 from rlhf.generate import generate
+from rlhf.logprobs import token_logprobs
 from rlhf.model import ACTIVATIONS, NeoX, NeoXConfig, compile_layers
 
 IDS = torch.randint(2, 61, (37,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -85,6 +88,24 @@ def test_compiled_layers_change_nothing(variant, monkeypatch):
     actual.square().mean().backward()
     assert error(actual, expected) < TOLERANCE and set(ours.state_dict()) == names
     assert max(error(p.grad, g) for p, g in zip(ours.parameters(), gradients)) < GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize(("variant", "head"), [("parallel residual", "embed_out"), ("all at once", "embed_out"), ("parallel residual", "score")])
+def test_frozen_in_bfloat16_changes_nothing(variant, head):
+    """A frozen model keeps its matrices in the type of the products: what autocast would cast at every forward anyway."""
+    model, cpu = pair(raw_config(variant), head=head)[0], torch.device("cpu")
+    plain, kept = frozen(deepcopy(model), cpu, "float32"), frozen(deepcopy(model), cpu, "bfloat16")
+    assert {p.dtype for p in plain.parameters()} == {torch.float32} and {p.dtype for p in kept.parameters()} == {torch.float32, torch.bfloat16}
+    with autocast(cpu, "bfloat16"), torch.no_grad():
+        hidden = [hidden_of(m, IDS) for m in (plain, kept)]
+        assert torch.equal(*hidden)
+        if head == "score":
+            assert torch.equal(*(m.scores(h) for m, h in zip((plain, kept), hidden)))
+        else:
+            targets = torch.tensor(IDS)
+            assert all(map(torch.equal, *(token_logprobs(h, m.embed_out.weight, targets) for m, h in zip((plain, kept), hidden))))
+            assert generate(plain, [IDS[:9]], 2, 8, temperature=0)[0] == generate(kept, [IDS[:9]], 2, 8, temperature=0)[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
 
 
 # --- twins that must fail: were these comparisons blind, the ones above would prove nothing
