@@ -323,11 +323,16 @@ def main(cfg: Config) -> dict:
     about, results = Run.describe(cfg), []
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU")
     allocator = "as it is" if cfg.untuned else "tuned on all sides (rlhf.common.setup: freed memory is kept)"
-    rates = ceilings(device, getattr(torch, cfg.dtype))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the card is the sides'
-    print(f"{cpu}, {about['device']}, torch {about['torch']}, {cfg.dtype}, commit {about['commit']}; memory allocator {allocator}\n"
-          f"measured here: {rates['flops'] / 1e9:.0f} GFLOP/s in matrix products, {rates['bytes'] / 1e9:.1f} GB/s in a copy")
+    seen: list[dict] = []  # ceilings before the first task and after each: the best counts, a busy moment shows
+
+    def best_rates() -> dict[str, float]:
+        seen.append(ceilings(device, getattr(torch, cfg.dtype)))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the card is the sides'
+        return {key: max(rates[key] for rates in seen) for key in seen[0]}
+
+    best_rates()
+    print(f"{cpu}, {about['device']}, torch {about['torch']}, {cfg.dtype}, commit {about['commit']}; memory allocator {allocator}")
     with tempfile.TemporaryDirectory() as folder:
         for work in works:
             able = [side for side in sides if peers.does(side, work)]
@@ -340,9 +345,15 @@ def main(cfg: Config) -> dict:
                 if not Path(task.rm_dir).exists():
                     write_models(task)
                 write_data(task)
-                results.append(summary(task, *measure(task, able), rates))
+                measured = measure(task, able)
+                results.append(summary(task, *measured, best_rates()))
                 show(task, results[-1])
-    out = {**about, "cpu": cpu, "gflops": rates["flops"] / 1e9, "gbytes": rates["bytes"] / 1e9, "results": results}
+    ceiling = {name: [rates[key] / 1e9 for rates in seen] for key, name in (("flops", "gflops"), ("bytes", "gbytes"))}
+    print(f"\nceilings measured here, before and after: {' '.join(f'{x:.0f}' for x in ceiling['gflops'])} GFLOP/s in matrix products, "
+          f"{' '.join(f'{x:.1f}' for x in ceiling['gbytes'])} GB/s in a copy; floors take the best so far")
+    if any(min(values) < 0.85 * max(values) for values in ceiling.values()):
+        print("THE MACHINE WAS BUSY OR THROTTLED AT TIMES: these differ by more than 15 %, so measure again when nothing else runs")
+    out = {**about, "cpu": cpu, "gflops": max(ceiling["gflops"]), "gbytes": max(ceiling["gbytes"]), "results": results}
     print(json.dumps(out))
     return out
 
