@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhf.arms import by_rate, constrained
 from rlhf.config import UserError
 from rlhf.runs import RunLog, by_setting, select
 from rlhf.stats import t_interval
@@ -48,11 +49,9 @@ def change(run: RunLog, metric: str) -> float:
 class Study:
     folders: dict[str, list[RunLog]]  # {size: its runs}
 
-    def rloo(self, size: str, reward: str, coef: float, lr: float = HIGH, clip: float = 0.2, fill: float | None = None) -> list[RunLog]:
-        """An arm, ordered by seed. KL with coefficient 0 is MaxEnt with coefficient 0."""
-        reward = "maxent_length" if coef == 0 else reward
-        name = "kl_coef" if reward == "kl" else "entropy_coef"
-        return self.arm(size, "train_rloo", reward=reward, lr=lr, clip=clip, invalid_logprob_fill=fill, **{name: coef})
+    def ablation(self, size: str, coef: float, lr: float, clip: float = 0.2, fill: float | None = None) -> list[RunLog]:
+        """A MaxEnt arm (eq. 7) at a clip range, with or without filled padding."""
+        return self.arm(size, "train_rloo", reward="maxent_length", entropy_coef=coef, lr=lr, clip=clip, invalid_logprob_fill=fill)
 
     def offline(self, loss: str, lr: float, **settings) -> list[RunLog]:
         return self.arm("small", "train_simpo", loss=loss, lr=lr, **settings)
@@ -62,10 +61,6 @@ class Study:
         if not runs:
             raise UserError(f"the study has no run of {script} with {settings} in {size}: finish it with runs/study.sh")
         return runs
-
-    def coefs(self, size: str, reward: str, lr: float = HIGH) -> list[float]:
-        runs = select(self.folders[size], "train_rloo", reward=reward, lr=lr, clip=0.2, invalid_logprob_fill=None)
-        return list(by_setting(runs, "kl_coef" if reward == "kl" else "entropy_coef"))
 
     def sft(self, size: str) -> dict:
         return self.arm(size, "train_sft")[0].evaluation
@@ -115,13 +110,18 @@ def standing(study: Study, size: str, arm: list[RunLog]) -> Standing:
     return Standing(t_interval(golds(arm) - study.sft(size)["gold"]), drop)
 
 
-def maxent(study: Study, size: str, lr: float, above: float = -1) -> dict[float, list[RunLog]]:
-    """The MaxEnt arms (eq. 7) of a learning rate, by coefficient, those above a coefficient."""
-    return {coef: study.rloo(size, "maxent_length", coef, lr) for coef in study.coefs(size, "maxent_length", lr) if coef > above}
+def maxent(study: Study, size: str, lr: float) -> dict[float, list[RunLog]]:
+    """The MaxEnt arms (eq. 7) of a learning rate, by coefficient."""
+    return by_rate(study.folders[size])[lr]
+
+
+def minent(study: Study, size: str) -> dict[float, list[RunLog]]:
+    return by_rate(study.folders[size], "minent_length")[HIGH]
 
 
 def kl_arms(study: Study, size: str) -> dict[float, list[RunLog]]:
-    return {coef: study.rloo(size, "kl", coef) for coef in study.coefs(size, "kl")}
+    """The KL-constrained arms, by coefficient; all at the high learning rate."""
+    return constrained(study.folders[size])
 
 
 def best(arms: dict[float, list[RunLog]]) -> float:
@@ -372,7 +372,7 @@ def maxent_drift_grows(study: Study) -> Claim:
 def clipping(study: Study) -> Claim:
     over, text = [], []
     for clip in (0.2, 1e-2, 1e-4):
-        arm = study.rloo("medium", "maxent_length", 0.1, HIGH, clip)
+        arm = study.ablation("medium", 0.1, HIGH, clip)
         s = standing(study, "medium", arm)
         over += [s.over] if clip < 0.2 else []
         text.append(f"clip {clip:g}: gold {pm(s.gain)}, fall {pm(s.drop)} ({s}), KL {np.mean([last(r, 'kl_full') for r in arm]):.2f}, "
@@ -389,7 +389,7 @@ def clipping(study: Study) -> Claim:
 
 
 def minent_small(study: Study) -> Claim:
-    arms = {coef: study.rloo("small", "minent_length", coef) for coef in study.coefs("small", "minent_length")}
+    arms = minent(study, "small")
     kl = kl_arms(study, "small")[best(kl_arms(study, "small"))]
     rows = {coef: (standing(study, "small", arm).over, t_interval(win_rates(arm) - win_rates(kl))) for coef, arm in arms.items()}
     return Claim(
@@ -403,7 +403,7 @@ def minent_small(study: Study) -> Claim:
 
 
 def minent_medium(study: Study) -> Claim:
-    arms = {coef: study.rloo("medium", "minent_length", coef) for coef in study.coefs("medium", "minent_length")}
+    arms = minent(study, "medium")
     over = [standing(study, "medium", arm).over for arm in arms.values()]
     return Claim(
         "2.8B: MinEnt is either too conservative or over-optimises",

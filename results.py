@@ -76,7 +76,7 @@ def fill(study: Study) -> str:
     rows, worse = [], []
     for lr in (HIGH, TENTH):
         for coef in (0.1, 1.0):
-            masked, filled = (study.rloo("small", "maxent_length", coef, lr, fill=value) for value in (None, 1.0))
+            masked, filled = (study.ablation("small", coef, lr, fill=value) for value in (None, 1.0))
             gap = t_interval(golds(filled) - golds(masked))
             worse.append(gap[2] < 0)
             rows.append([f"{lr:g}", f"{coef:g}", *(pm(standing(study, "small", arm).gain) for arm in (masked, filled)), pm(gap),

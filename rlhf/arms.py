@@ -31,7 +31,7 @@ def rate(lr: float) -> str:
 
 
 def seeds(runs: list[RunLog]) -> list[RunLog]:
-    """The runs that differ in nothing but the seed. Should an arm hold several such groups, the largest; what is left out is said."""
+    """The runs that differ in nothing but the seed, ordered by it. Should an arm hold several such groups, the largest; what is left out is said."""
     groups: dict[str, list[RunLog]] = {}
     for run in runs:
         groups.setdefault(json.dumps({k: v for k, v in run.config.items() if k not in SEED_SETTINGS}, sort_keys=True), []).append(run)
@@ -42,7 +42,7 @@ def seeds(runs: list[RunLog]) -> list[RunLog]:
             print(f"left out: {run.path} ({', '.join(other)}), no seed of {kept[0].path}", file=sys.stderr)
     if len(lengths := {len(run.metrics["step"]) for run in kept}) > 1:
         print(f"{kept[0].path} and its other seeds have {min(lengths)} to {max(lengths)} updates: drawn up to the shortest", file=sys.stderr)
-    return kept
+    return sorted(kept, key=lambda run: run.config.get("seed", 0))
 
 
 def win_rate(runs: list[RunLog]) -> float | None:
