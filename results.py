@@ -164,6 +164,25 @@ def early_warning(study: Study) -> str:
 
 # --- the report
 
+PICTURES = {  # file: what it shows; all of the toy world
+    "1": "the paper's Figure 1: RLHF reward and entropy bonus at two learning rates, by entropy coefficient (1B there, small here)",
+    "2": "Figure 2: the same at the two lower rates (2.8B, medium)",
+    "3": "Figure 3: KL to the reference, and KL between updates (1B and 2.8B, small and medium)",
+    "4": "Figure 4: the reference's log-prob margins during DPO, batch averages (1B, small)",
+    "5": "Figure 5: KL to the reference of all arms, and whether each ends above the SFT model's win rate (1B and 2.8B, small and medium)",
+    "6": "Figure 6: win rate over SimPO's checkpoints at the low rate, by margin (1B, small)",
+    "7": "Figure 7: SimPO at the low rate, by margin (1B, small)",
+    "8": "Figure 8: SimPO at the high rate, by margin (1B, small)",
+    "9": "Figure 9: DPO (1B, small)",
+    "10": "Figure 10: MaxEnt at the high rate (6.9B, large)",
+    "11": "Figure 11: MaxEnt at a tenth of it (6.9B, large)",
+    "12": "Figure 12: KL-constrained (6.9B, large)",
+    "gold_kl": "what the paper could not draw: gold reward against the square root of the KL, with the fits of Gao et al. 2022 and best-of-n",
+    "proxy_gold": "gold reward against the reward model's score",
+    "reward_gold": "both over time",
+    "best_of_n": "best-of-n: proxy and gold reward over its KL",
+}
+
 
 def setting(r: RunLog) -> tuple:
     """What an arm is, in four cells: method, its note, learning rate, coefficient or margin."""
@@ -231,7 +250,8 @@ def main(cfg: Config) -> dict:
     parts += ["## What the paper leaves open\n\n### Does an adaptive margin explain DPO's advantage over SimPO?\n", adaptive_margin(study),
               "### Is it β?\n", small_beta(study), "### How much of \"MaxEnt over-optimises\" could a padding bug produce?\n", fill(study),
               "### Gold reward against KL\n\n![gold against KL](docs/figures/figure_gold_kl.png)\n", fits(study, root),
-              "### Which logged metric warns first?\n", early_warning(study), "## All arms\n", all_arms(study)]
+              "### Which logged metric warns first?\n", early_warning(study), "## All arms\n", all_arms(study), "## Figures\n",
+              *(f"![{name}](docs/figures/figure_{name}.png)\n*Toy world; {text}.*\n" for name, text in PICTURES.items())]
     Path(cfg.out).write_text("\n".join(parts))
     print(json.dumps({"claims": len(judged), **count, "out": cfg.out}))
     return dict(count)
