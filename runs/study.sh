@@ -35,7 +35,8 @@ for size in large medium small; do
     [ -e $out/$size/data/meta.json ] || python data/toy.py --out_dir=$out/$size/data --size=$size --overwrite > $out/logs/$size-data.log
 done
 for size in large medium small; do
-    task $out/$size/sft "python train_sft.py --resume --data_dir=$out/$size/data --model=$out/$size/data/base --init=scratch --lr=1.5e-3 --warmup=0.05
+    case $size in small) lr=1.5e-3 ;; medium) lr=8e-4 ;; large) lr=7e-4 ;; esac
+    task $out/$size/sft "python train_sft.py --resume --data_dir=$out/$size/data --model=$out/$size/data/base --init=scratch --lr=$lr --warmup=0.05
         --batch_size=16 --epochs=2 --loss_on=response --max_grad_norm=1"
 done | run_all SFT
 
