@@ -451,7 +451,7 @@ def simpo_high(study: Study) -> Claim:
 
 def margin_worsens(study: Study) -> Claim:
     arms = simpo_arms(study, OFFLINE_HIGH)
-    slopes = {name: t_interval([np.polyfit(list(arms), [values(arm)[s] for arm in arms.values()], 1)[0] for s in range(3)])
+    slopes = {name: t_interval([np.polyfit(list(arms), [values(arm)[s] for arm in arms.values()], 1)[0] for s in range(len(arms[0.0]))])
               for name, values in (("gold", golds), ("log π(chosen)", lambda arm: np.array([last(r, "logps/chosen") for r in arm])))}
     return Claim(
         "At the high learning rate a larger margin makes it worse",
