@@ -6,7 +6,7 @@ source "$(dirname "$0")/env.sh"
 size=${SIZE:-1b}
 out=out/$size
 [ -e out/tldr/meta.json ] || python data/tldr.py --out_dir=out/tldr --overwrite
-common="--data_dir=out/tldr --resume --micro_batch_tokens=${TOKENS:-16384}"
+common="--data_dir=out/tldr --resume --micro_batch_tokens=${TOKENS:-16384} ${TRAIN:-}"
 
 # SFT: 116,722 posts, 911 updates of 128, lr 3e-6 cosine; published ROUGE-L 0.247 (1B)
 python train_sft.py $common --model=EleutherAI/pythia-$size-deduped --out_dir=$out/sft
