@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.arms import by_rate, constrained
+from rlhf.arms import by_rate, constrained, need
 from rlhf.config import UserError
 from rlhf.runs import RunLog, by_setting, select
 from rlhf.stats import t_interval
@@ -102,7 +102,7 @@ class Standing:
     def __str__(self) -> str:
         if self.over:
             return "over-optimised: below SFT" if self.gain[2] < 0 else "over-optimised: past its peak"
-        return "no different from SFT" if self.over is None else "better than SFT, no fall"
+        return "not distinguishable from SFT" if self.over is None else "better than SFT, no fall seen"
 
 
 def standing(study: Study, size: str, arm: list[RunLog]) -> Standing:
@@ -110,18 +110,23 @@ def standing(study: Study, size: str, arm: list[RunLog]) -> Standing:
     return Standing(t_interval(golds(arm) - study.sft(size)["gold"]), drop)
 
 
+def rates(study: Study, size: str) -> dict[float, dict[float, list[RunLog]]]:
+    """{learning rate, from high to low: {entropy coefficient: arm}}, MaxEnt (eq. 7)."""
+    return by_rate(study.folders[size])
+
+
 def maxent(study: Study, size: str, lr: float) -> dict[float, list[RunLog]]:
-    """The MaxEnt arms (eq. 7) of a learning rate, by coefficient."""
-    return by_rate(study.folders[size])[lr]
+    """The MaxEnt arms of a learning rate, by coefficient."""
+    return need(rates(study, size).get(lr), size, f"train_rloo with reward=maxent_length, lr={lr:g}")
 
 
 def minent(study: Study, size: str) -> dict[float, list[RunLog]]:
-    return by_rate(study.folders[size], "minent_length")[HIGH]
+    return need(by_rate(study.folders[size], "minent_length").get(HIGH), size, f"train_rloo with reward=minent_length, lr={HIGH:g}")
 
 
 def kl_arms(study: Study, size: str) -> dict[float, list[RunLog]]:
     """The KL-constrained arms, by coefficient; all at the high learning rate."""
-    return constrained(study.folders[size])
+    return need(constrained(study.folders[size]), size, "train_rloo with reward=kl")
 
 
 def best(arms: dict[float, list[RunLog]]) -> float:
@@ -152,12 +157,12 @@ class Claim:
     rule: str  # when it holds, when it does not
     verdict: str
     ours: str  # numbers
-    figure: str  # file of the picture
-    reason: str = ""  # if it does not hold: the most likely reason
+    figures: str = ""  # names of the pictures that show it, separated by spaces
+    reason: str = ""  # if it does not hold: what may explain it
 
 
 def arms_text(study: Study, size: str, arms: dict[float, list[RunLog]], symbol: str) -> str:
-    """`α = 0.1: gain +0.10 ± 0.02, win rate 40 %, ...` for each arm."""
+    """`α = 0.1: gold +0.10 ± 0.02, fall +0.01 ± 0.02, win rate 40 % (better than SFT, no fall seen)` for each arm."""
     parts = []
     for coef, arm in arms.items():
         s = standing(study, size, arm)
@@ -175,7 +180,8 @@ def kl_works(study: Study) -> Claim:
     bad = {size: all(standing(study, size, arm).over is True for arm in arms[size].values()) for size in SIZES}
     return Claim(
         "KL-constrained RLHF is stable and effective at the high learning rate, at every scale",
-        "4.2, Figures 3, 5, 12: \"KL-constrained RLHF remains stable and effective at a higher learning rate of 1e-6\".",
+        "4.2, Figures 3, 5, 12: 1e-6 is \"a regime where KL-constrained RLHF performs well\"; for 2.8B it \"remains stable and effective\" there, for "
+        "6.9B it \"remains stable ... while consuming only a small KL budget\".",
         "Holds if at every size some β gives a better gold reward than SFT without a fall; does not hold if at some size every β is over-optimised.",
         decide(all(good.values()), any(bad.values())),
         ". ".join(arms_text(study, size, arms[size], "β") for size in SIZES), "reward_gold")
@@ -195,8 +201,8 @@ def high_rate(study: Study) -> Claim:
 def lower_rate(study: Study) -> Claim:
     gains = {}
     for size in SIZES:
-        pairs = zip(maxent(study, size, TENTH).values(), maxent(study, size, HIGH).values())
-        gains[size] = t_interval(np.mean([golds(low) - golds(high) for low, high in pairs], axis=0))
+        low, high = maxent(study, size, TENTH), maxent(study, size, HIGH)
+        gains[size] = t_interval(np.mean([golds(low[coef]) - golds(high[coef]) for coef in low], axis=0))
     return Claim(
         "A lower learning rate makes MaxEnt more stable",
         "4.2: \"Lower learning rates improve stability\".",
@@ -207,20 +213,20 @@ def lower_rate(study: Study) -> Claim:
 
 
 def not_eliminated(study: Study) -> Claim:
-    found, clean = [], True
+    found, clean, tested = [], True, 0
     for size in SIZES:
-        for lr in (TENTH, TWENTIETH) if size != "large" else (TENTH,):
-            for coef, arm in maxent(study, size, lr).items():
-                over = standing(study, size, arm).over
-                clean = clean and over is False
-                if over:
-                    found.append(f"{size} lr {lr:g} α = {coef:g} ({standing(study, size, arm)}: gold {pm(standing(study, size, arm).gain)}, "
-                                 f"fall {pm(standing(study, size, arm).drop)})")
+        for lr, arms in rates(study, size).items():
+            for coef, arm in arms.items() if lr < HIGH else ():
+                s, tested = standing(study, size, arm), tested + 1
+                clean = clean and s.over is False
+                if s.over:
+                    found.append(f"{size} lr {lr:g} α = {coef:g} ({s}: gold {pm(s.gain)}, fall {pm(s.drop)})")
     return Claim(
         "A lower learning rate does not fully eliminate over-optimisation",
         "4.2: lower learning rates \"do not fully eliminate this behavior\".",
         "Holds if some MaxEnt arm at a tenth or a twentieth of the learning rate is over-optimised; does not hold if all are better than SFT without a fall.",
-        decide(bool(found), clean), "over-optimised: " + ("; ".join(found) or "none"), "2")
+        decide(bool(found), clean), f"over-optimised {len(found)} of {tested} arms (chance alone would show a fall in about one of 30): "
+        + ("; ".join(found) or "none"), "2")
 
 
 def small_stable(study: Study) -> Claim:
@@ -250,8 +256,8 @@ def coefficient_zero(study: Study) -> Claim:
 def entropy_bonus_tells(study: Study) -> Claim:
     rows = []  # (coefficient, over-optimised, change of the bonus)
     for size in SIZES:
-        for lr in (HIGH, TENTH, TWENTIETH) if size != "large" else (HIGH, TENTH):
-            for coef, arm in maxent(study, size, lr).items():
+        for arms in rates(study, size).values():
+            for coef, arm in arms.items():
                 if (over := standing(study, size, arm).over) is not None:
                     rows.append((coef, over, np.mean([change(r, "length_normalized_surprisal") for r in arm])))
     agree = [(moved > 0) == over for _, over, moved in rows]
@@ -266,21 +272,23 @@ def entropy_bonus_tells(study: Study) -> Claim:
         "Holds from 80 % of the arms on; does not hold below 60 %.",
         decide(share >= 0.8, share < 0.6),
         f"true of {100 * share:.0f} % of {len(rows)} arms. {described}. Among the arms with α = 0: true of {sum(zero)} of {len(zero)}", "1",
-        "With α = 0 nothing pays for entropy and it falls while the policy over-optimises; with a large α it rises because it is paid for, "
-        "over-optimised or not. The bonus tells what the reward pays, not whether the reward is being hacked.")
+        "With α = 0 nothing pays for entropy; with a large α it is paid for, over-optimised or not. The bonus tells what the reward pays, not whether it "
+        "is hacked.")
 
 
 def medium_fails(study: Study) -> Claim:
     arms = {lr: maxent(study, "medium", lr) for lr in (TENTH, TWENTIETH)}
-    over = [standing(study, "medium", arm).over for group in arms.values() for arm in group.values()]
+    found = [standing(study, "medium", arm) for group in arms.values() for arm in group.values()]
+    over = [s.over for s in found]
     return Claim(
         "2.8B: even at low learning rates every MaxEnt variant over-optimises and fails to beat SFT",
         "4.2, Figure 2: at 1e-7 and 5e-8 \"all Maximum Entropy variants overoptimize and fail to outperform the SFT baseline\".",
         "Holds if every arm of the medium size at a tenth and a twentieth is over-optimised; does not hold if one is better than SFT without a fall.",
         decide(all(o is True for o in over), any(o is False for o in over)),
-        ". ".join(f"lr {lr:g}, " + arms_text(study, "medium", group, "α") for lr, group in arms.items()), "2",
-        "Nothing in this world makes the middle size special; the paper's 2.8B stands between two sizes that behave otherwise, with one run per setting, "
-        "and one reward model that may be easier to exploit than its neighbours would explain it as well as scale.")
+        f"of {len(found)} arms {sum(s.gain[2] < 0 for s in found)} ended below SFT and {sum(s.gain[1] > 0 for s in found)} above; {sum(s.fell for s in found)} "
+        "fell from their peak. " + ". ".join(f"lr {lr:g}, " + arms_text(study, "medium", group, "α") for lr, group in arms.items()), "2",
+        "Nothing in this world makes the middle size special. In the paper 2.8B stands between two sizes that behave otherwise; a reward model that "
+        "happens to be easier to exploit would explain that as well as scale, and the paper's text does not say that there was more than one.")
 
 
 def large_like_small(study: Study) -> Claim:
@@ -310,7 +318,7 @@ def kl_plateaus(study: Study) -> Claim:
         "4.2 and Figures 3, 5: \"an initial growth phase followed by slow KL increase\".",
         "At the β with the best gold reward, the share of the final KL (in full, nats per sequence) that is gained in the second half of the updates: "
         "0.5 would be a straight line. Holds if the mean is below 0.25 at every size, does not hold if it is above 0.4 at one.",
-        decide(all(s[0] < 0.25 for s in shares), any(s[0] > 0.4 for s in shares)), "; ".join(text), "3")
+        decide(all(s[0] < 0.25 for s in shares), any(s[0] > 0.4 for s in shares)), "; ".join(text), "3 12")
 
 
 def maxent_kl_linear(study: Study) -> Claim:
@@ -327,7 +335,7 @@ def maxent_kl_linear(study: Study) -> Claim:
         "4.2, Figures 3, 5, 11: \"For Pythia 1B and 6.9B, KL divergence grows approximately linearly without immediate collapse\".",
         "R² of a straight line through the seeds' mean KL over updates. Holds if at least 0.95 for every arm; does not hold if below 0.9 for most. (The "
         "learning rate falls linearly to 0, here as there, which bends every curve towards the end.)",
-        decide(all(f >= 0.95 for f in fits), np.mean([f < 0.9 for f in fits]) > 0.5), "; ".join(text), "5",
+        decide(all(f >= 0.95 for f in fits), np.mean([f < 0.9 for f in fits]) > 0.5), "; ".join(text), "5 11",
         "The learning rate decays to 0, and a curve that is linear at a constant rate bends under it.")
 
 
@@ -358,8 +366,8 @@ def kl_drift_bounded(study: Study) -> Claim:
 
 
 def maxent_drift_grows(study: Study) -> Claim:
-    found = {f"{size} lr {lr:g} α = {coef:g}": drift_growth(arm) for size in SIZES for lr in ((HIGH, TENTH, TWENTIETH) if size != "large" else (HIGH, TENTH))
-             for coef, arm in maxent(study, size, lr).items()}
+    found = {f"{size} lr {lr:g} α = {coef:g}": drift_growth(arm)
+             for size in SIZES for lr, arms in rates(study, size).items() for coef, arm in arms.items()}
     return Claim(
         "MaxEnt runs show a growing KL between updates, even those that behave well at first",
         "4.2, Figures 3, 10, 11: \"Maximum Entropy runs consistently exhibit increasing KL drift between updates\".",
@@ -371,21 +379,21 @@ def maxent_drift_grows(study: Study) -> Claim:
 
 def clipping(study: Study) -> Claim:
     over, text = [], []
-    for clip in (0.2, 1e-2, 1e-4):
-        arm = study.ablation("medium", 0.1, HIGH, clip)
+    for lr, clip in ((lr, clip) for lr in (HIGH, TENTH) for clip in (0.2, 1e-2, 1e-4)):
+        arm = study.ablation("medium", 0.1, lr, clip)
         s = standing(study, "medium", arm)
-        over += [s.over] if clip < 0.2 else []
-        text.append(f"clip {clip:g}: gold {pm(s.gain)}, fall {pm(s.drop)} ({s}), KL {np.mean([last(r, 'kl_full') for r in arm]):.2f}, "
+        over += [s.over] if clip < 0.2 and lr == HIGH else []
+        text.append(f"lr {lr:g}, clip {clip:g}: gold {pm(s.gain)}, fall {pm(s.drop)} ({s}), KL {np.mean([last(r, 'kl_full') for r in arm]):.2f}, "
                     f"clipped {np.mean([r.metrics['clipfrac'].mean() for r in arm]) * 100:.0f} %, drift x {math.exp(drift_growth(arm)[0]):.2f}")
     return Claim(
         "A tighter clip range does not prevent over-optimisation",
         "4.2: \"for Pythia 2.8B, we experimented with clipping ranges as small as 1e-4, yet still observed increasing KL drift and eventual "
         "overoptimization\".",
-        "At the medium size, α = 0.1, high learning rate: holds if it is over-optimised at both tighter clip ranges; does not hold if at one of them it "
-        "is better than SFT without a fall.",
-        decide(all(o is True for o in over), any(o is False for o in over)), "; ".join(text), "reward_gold",
-        "Clipping zeroes the gradient of a sequence once its ratio has left the range, so with 4 passes a tight range leaves one step per rollout and "
-        "most of the movement is gone: it acts like a lower learning rate.")
+        "At the medium size, α = 0.1, high learning rate (the paper does not say which of its rates): holds if it is over-optimised at both tighter clip "
+        "ranges; does not hold if at one of them it is better than SFT without a fall.",
+        decide(all(o is True for o in over), any(o is False for o in over)), "; ".join(text), "",
+        "Clipping zeroes the gradient of a sequence once its ratio has left the range, so with several passes a tight range leaves little of them but "
+        "the first: it acts like a lower learning rate.")
 
 
 def minent_small(study: Study) -> Claim:
@@ -409,28 +417,34 @@ def minent_medium(study: Study) -> Claim:
         "2.8B: MinEnt is either too conservative or over-optimises",
         "4.2.1: \"either too conservative, stalling learning, or too loose, leading to overoptimization\".",
         "Holds if no coefficient at the medium size is better than SFT without a fall; does not hold if one is.",
-        decide(all(o is not False for o in over), any(o is False for o in over)), arms_text(study, "medium", arms, "coefficient"), "reward_gold")
+        decide(all(o is not False for o in over), any(o is False for o in over)),
+        f"{sum(o is True for o in over)} over-optimised, {sum(o is None for o in over)} not distinguishable from SFT. "
+        f"" + arms_text(study, "medium", arms, "coefficient"),
+        "reward_gold")
 
 
 def reference_margins(study: Study) -> Claim:
     arm = study.offline("dpo", OFFLINE_HIGH)
     margins, per_token = (np.concatenate([run.metrics[key] for run in arm]) for key in ("ref_margin", "ref_margin_mean"))
-    mean = t_interval([run.metrics["ref_margin"].mean() for run in arm])
+    mean = t_interval(arm[0].metrics["ref_margin"])  # over the batches of one pass: the seeds differ in their order only
     low, high = np.quantile(2 * per_token, [0.05, 0.95])
     pairs = arm[0].config["batch_size"]
     return Claim(
         "The reference's margins over a DPO batch are narrow and slightly negative, like a fixed margin",
-        "4.3, Figure 4: the term \"is typically negative but small\", and lies \"within a relatively narrow range, consistent with the fixed margins "
-        "commonly used\".",
-        "Negative: the mean of log π_ref(y_w) - log π_ref(y_l) over batches has an interval below 0. Narrow: 5 % to 95 % of the batch averages per "
-        "token, times SimPO's β = 2, span less than the paper's own range of margins, 2. Holds if both, does not hold if one is clearly not so.",
+        "4.3, Figure 4: the reference's term \"is typically negative but small\", and the margins \"lie within a relatively narrow range, consistent "
+        "with the fixed margins commonly used\". (The term stands in DPO's reward with a minus sign; the text leaves open whether it is the ratio that "
+        "Figure 4 plots or its negative.)",
+        "Negative: the mean of log π_ref(y_w) - log π_ref(y_l), as plotted in Figure 4, over batches has an interval below 0. Narrow: 5 % to 95 % of the "
+        "batch averages per token, times SimPO's β = 2, span less than the paper's own range of margins, 2. Holds if both, does not hold if one is "
+        "clearly not so.",
         decide(mean[2] < 0 and high - low < 2, mean[1] > 0 or high - low > 2),
-        f"mean {pm(mean)} nats per sequence, batch averages {np.quantile(margins, 0.05):+.1f} to {np.quantile(margins, 0.95):+.1f} (5 % to 95 %); per "
-        f"token times 2: {low:+.2f} to {high:+.2f}. Single pairs spread about √{pairs} times as wide as averages of {pairs}: standard deviation of an "
-        f"average {margins.std():.2f}, of a pair "
-        f"about {margins.std() * math.sqrt(pairs):.0f} nats", "4",
-        "In this world chosen and rejected are written by fallible people, not sampled from the reference, and the SFT model finds the better summary "
-        "more likely. That the average of a batch is narrow says little: it is narrow because it is an average.")
+        f"mean {pm(mean)} nats per sequence, so the ratio is {'positive' if mean[1] > 0 else 'negative' if mean[2] < 0 else 'near 0'}, and its negative "
+        f"the opposite; batch averages {np.quantile(margins, 0.05):+.1f} to {np.quantile(margins, 0.95):+.1f} (5 % to 95 %); per token times 2: "
+        f"{low:+.2f} to {high:+.2f}, a width of {high - low:.2f}. The standard deviation of an average of {pairs} pairs is {margins.std():.1f} nats, of a "
+        "single pair therefore about "
+        f"{margins.std() * math.sqrt(pairs):.0f}: what Figure 4 shows to be narrow is an average", "4",
+        "In this world chosen and rejected are written by fallible people and not sampled from the reference, which has learnt from the better kind of "
+        "summary.")
 
 
 def simpo_arms(study: Study, lr: float, beta: float = 2.0) -> dict[float, list[RunLog]]:
@@ -490,7 +504,7 @@ def zero_margin(study: Study) -> Claim:
     gap = t_interval(win_rates(simpo_arms(study, OFFLINE_LOW)[0.0]) - win_rates(dpo))
     return Claim(
         "SimPO without a margin can do as well as DPO",
-        "Appendix B: \"methods such as SimPO can achieve performance comparable to DPO even with a target margin of γ = 0\".",
+        "Appendix B, citing the SimPO paper: \"methods such as SimPO can achieve performance comparable to DPO even with a target margin of γ = 0\".",
         f"Win rate of SimPO (γ = 0, low rate) minus that of DPO at its better rate. Holds if the mean is above -{100 * COMPARABLE:.0f} points; does not "
         "hold if the interval is below that.",
         decide(gap[0] > -COMPARABLE, gap[2] < -COMPARABLE), f"difference {pm(tuple(100 * x for x in gap), 1)} points; DPO (lr {dpo[0].config['lr']:g}) wins "

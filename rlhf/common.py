@@ -159,6 +159,7 @@ class Run:
         if not self.config.resume:
             return 0
         if not checkpoints:
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)  # lines of an attempt that ended before its first checkpoint
             print(f"{self.out}: no checkpoint to resume, starting at step 0")
             return 0
         newest = checkpoints[-1]

@@ -44,10 +44,14 @@ def find_runs(folder: str | Path) -> list[RunLog]:
     """All runs right under `folder` that have a log, by name; with what the sweeps `folder`/eval* say of them. UserError if there is none."""
     folder = Path(folder)
     lines = [json.loads(line) for sweep in sorted(folder.glob("eval*/metrics.jsonl")) for line in sweep.read_text().splitlines()]
-    evaluated: dict[Path, dict[str, dict]] = {}  # {folder: {name: line}}
+    final: dict[str, dict] = {}  # {name of the run: its line}
+    checkpoints: dict[str, dict[int, dict]] = {}
     for line in lines:
-        model = Path(line["model"]).resolve()
-        evaluated.setdefault(model.parent, {})[model.name] = line
+        *_, run, _, step = ("", "", *Path(line["model"]).parts)
+        if step.startswith("step_"):
+            checkpoints.setdefault(run, {})[int(step.split("_")[1])] = line
+        else:
+            final[step] = line
     runs = []
     for described in sorted(folder.glob("*/run.json")):
         path, about = described.parent, read_json(described)
@@ -55,19 +59,15 @@ def find_runs(folder: str | Path) -> list[RunLog]:
         if script in ("evaluate", "best_of_n") or not (path / "metrics.jsonl").exists() or not (metrics := read_columns(path / "metrics.jsonl")):
             continue
         result = read_json(path / "result.json") if (path / "result.json").exists() else {}
-        final = evaluated.get(path.parent.resolve(), {}).get(path.name, {})
-        steps = {int(name.split("_")[1]): line for name, line in evaluated.get((path / "ckpt").resolve(), {}).items()}
-        runs.append(RunLog(path, script, about["config"], metrics, result, final, steps))
+        runs.append(RunLog(path, script, about["config"], metrics, result, final.get(path.name, {}), checkpoints.get(path.name, {})))
     if not runs:
         raise UserError(f"{folder}: no run in it (a directory with run.json and metrics.jsonl)")
     return runs
 
 
 def select(runs: list[RunLog], script: str, **settings) -> list[RunLog]:
-    """The runs of a script whose configuration has these values; a set or tuple of values means any of them."""
-    def fits(value, wanted) -> bool:
-        return value in wanted if isinstance(wanted, set | tuple) else value == wanted
-    return [run for run in runs if run.script == script and all(fits(run.config.get(key), wanted) for key, wanted in settings.items())]
+    """The runs of a script whose configuration has these values."""
+    return [run for run in runs if run.script == script and all(run.config.get(key) == wanted for key, wanted in settings.items())]
 
 
 def by_setting(runs: list[RunLog], *names: str) -> dict:

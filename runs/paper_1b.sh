@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's study at Pythia 1B, the grid of runs/study.sh command by command, on one GPU with 80 GB (recipe: N+ for SFT and reward model, TRL's RLOO defaults,
+# The paper's study at Pythia 1B, a grid like that of runs/study.sh, command by command, on one GPU with 80 GB (recipe: N+ for SFT and reward model, TRL's RLOO defaults,
 # the paper's learning rates). runs/paper_2.8b.sh and runs/paper_6.9b.sh are the other two sizes. Every stage resumes where it was stopped, a finished run is
 # not run again. SEEDS="1 2 3" repeats everything that is not SFT, each seed with its own reward model. Not yet run on a GPU by us.
 source "$(dirname "$0")/env.sh"
@@ -35,7 +35,8 @@ for seed in ${SEEDS:-1}; do
         rloo clip1e-4_lr$lr --reward=maxent_length --entropy_coef=0.1 --clip=1e-4 --lr=$lr
         rloo fill_0.1_lr$lr --reward=maxent_length --entropy_coef=0.1 --invalid_logprob_fill=1.0 --lr=$lr
     done
-    python best_of_n.py --overwrite --data_dir=out/tldr --model=$out/sft --reward_model=$out/rm_s$seed --seed=$seed --out_dir=$out/best_of_n_s$seed
+    [ -e $out/best_of_n_s$seed/result.json ] || python best_of_n.py --overwrite --data_dir=out/tldr --model=$out/sft --reward_model=$out/rm_s$seed \
+        --seed=$seed --micro_batch_tokens=${TOKENS:-16384} --out_dir=$out/best_of_n_s$seed
 
     # offline: SimPO at two learning rates and two β, and with the reference's adaptive margin (dpo_length); DPO
     offline() { python train_simpo.py $common --model=$out/sft --keep=0 --save_every=310 --seed=$seed "${@:2}" --out_dir=$out/$1_s$seed; }
@@ -51,7 +52,8 @@ for seed in ${SEEDS:-1}; do
 done
 
 # win rates against the reference summaries, greedy, 1,000 posts; needs OPENAI_API_KEY (or JUDGE="rm --reward_model=..." without one)
-evaluate="python evaluate.py --data_dir=out/tldr --ref_model=$out/sft --judge=${JUDGE:-llm --judge_model=gpt-4o-mini} --n=1000"
+evaluate="python evaluate.py --data_dir=out/tldr --ref_model=$out/sft --judge=${JUDGE:-llm --judge_model=gpt-4o-mini} --n=1000 --resume
+    --micro_batch_tokens=${TOKENS:-16384}"
 $evaluate --model="$out/sft,$out/rloo_*,$out/simpo_*,$out/dpo*" --out_dir=$out/eval
 $evaluate --model="$out/simpo_beta2_*/ckpt/*" --out_dir=$out/eval_checkpoints                            # Figure 6
 

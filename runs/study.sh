@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# The paper's study in the toy world, where the true reward is known: every run behind RESULTS.md and docs/figures, about 250 of them, in at most 90 minutes on
+# The paper's study in the toy world, where the true reward is known: every run behind RESULTS.md and docs/figures, 267 of them, in at most 90 minutes on
 # 2 cores. Small, medium and large stand for the paper's 1B, 2.8B and 6.9B; the learning rates 3e-4, 3e-5 and 1.5e-5 for its 1e-6, 1e-7 and 5e-8 (online) and
 # 3e-4, 6e-5 for its 1e-6, 2e-7 (offline): 3e-4 is a rate at which KL-constrained RLOO and DPO work here. Seed s has its own reward model, prompts and samples.
-# Run again, it goes on where it was stopped. One run per core: JOBS=8 for a machine with more. OUT=... writes elsewhere.
+# Run again, it goes on where it was stopped. One run per core, JOBS=1 for fewer. OUT=dir writes there instead, report and figures included.
 source "$(dirname "$0")/env.sh"
 out=${OUT:-out/study}
-jobs=${JOBS:-$(nproc)}
+jobs=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 export OMP_NUM_THREADS=1 out
 mkdir -p $out/logs
 began=$SECONDS
 
-# run_all: reads "directory <tab> command" lines, runs those that have no result yet, $jobs at a time; the first failure stops everything
+# run_all: reads "directory <tab> command" lines, runs those that are not done, $jobs at a time; the first failure stops everything
+done_already() { [ -e $1/result.json ] && grep -qF -- "\"command\": \"${2#python } --out_dir=$1\"" $1/run.json; }  # finished, by this very command
 worker() {
     local dir=${1%%$'\t'*} command=${1#*$'\t'} start=$SECONDS
     local log=$out/logs/$(echo "${dir#$out/}" | tr / -).log
@@ -23,14 +24,14 @@ worker() {
 export -f worker
 run_all() {
     local tasks
-    tasks=$(while IFS=$'\t' read -r dir command; do [ -e $dir/result.json ] || printf '%s\t%s\n' "$dir" "$command"; done)
+    tasks=$(while IFS=$'\t' read -r dir command; do done_already $dir "$command" || printf '%s\t%s\n' "$dir" "$command"; done)
     [ -z "$tasks" ] && return
     echo "$(date +%H:%M:%S) $1: $(echo "$tasks" | wc -l) runs to do, $jobs at a time"
     echo "$tasks" | tr '\n' '\0' | xargs -0 -n 1 -P $jobs bash -c 'worker "$1"' _
 }
-task() { printf '%s\t%s\n' "$1" "$(echo "$2" | tr -s '\n ' ' ')"; }
+task() { printf '%s\t%s\n' "$1" "$(printf %s "$2" | tr -s '\n ' ' ')"; }
 
-# 1. world and SFT models: the sizes differ in the model only
+# 1. world and SFT models: the same posts; a larger model needs a lower learning rate
 for size in large medium small; do
     [ -e $out/$size/data/meta.json ] || python data/toy.py --out_dir=$out/$size/data --size=$size --overwrite > $out/logs/$size-data.log
 done
@@ -117,14 +118,17 @@ evaluate() {  # size, folder, models
     evaluate medium eval "$out/medium/sft,$out/medium/rloo_*"
     evaluate large eval "$out/large/sft,$out/large/rloo_*"
     evaluate small eval_checkpoints "$out/small/simpo_beta2_*/ckpt/*"                           # Figure 6
-} | while read -r command; do [ -e "${command##*--out_dir=}/metrics.jsonl" ] || printf '%s\0' "$command"; done |
-    xargs -0 -r -n 1 -P $jobs bash -c 'set -f; to=${1##*--out_dir=}; $1 > $out/logs/$(echo "${to#$out/}" | tr / -).log 2>&1 && echo "$(date +%H:%M:%S) $to" || exit 255' _
+} | tr '\n' '\0' | xargs -0 -n 1 -P $jobs bash -c '
+    set -f; to=${1##*--out_dir=}; log=$out/logs/$(echo "${to#$out/}" | tr / -).log
+    if $1 > $log 2>&1; then echo "$(date +%H:%M:%S) $to"; else echo "FAILED: $1"; tail -n 5 $log; exit 255; fi' _
 
 # 5. figures and verdicts
 folders=small=$out/small,medium=$out/medium,large=$out/large
+figures=docs/figures report=RESULTS.md
+[ $out = out/study ] || figures=$out/figures report=$out/RESULTS.md
 for figure in 1 2 3 4 5 6 7 8 9 10 11 12 gold_kl proxy_gold best_of_n reward_gold; do
-    python plot.py --figure=$figure --runs=$folders --out=docs/figures/figure_$figure.png \
-        --caption="toy world, 3 seeds with a reward model each: mean and range"
+    case $figure in 4 | 6 | 7 | 8 | 9) seeds="toy world, 3 seeds" ;; *) seeds="toy world, 3 seeds with a reward model each" ;; esac
+    python plot.py --figure=$figure --runs=$folders --out=$figures/figure_$figure.png --caption="$seeds: mean and range"
 done
-python results.py --study=$out --out=RESULTS.md
-echo "RESULTS.md and docs/figures after $((SECONDS - began)) seconds"
+python results.py --study=$out --out=$report
+echo "$report and $figures after $((SECONDS - began)) seconds"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def study(paper: bool) -> Study:
             low = ({**BAD, "end": 0.1} if size == "medium" else GOOD) if paper else (GOOD if size == "medium" else {**BAD, "bonus": -0.2, "end": -0.5 + better})
             for lr in (TENTH, TWENTIETH) if size != "large" else (TENTH,):
                 add({**low, "linear": paper}, entropy_coef=coef, lr=lr)
-        for clip in (1e-2, 1e-4):
-            add(BAD if paper else GOOD, clip=clip)
+        for clip, lr in ((clip, lr) for clip in (1e-2, 1e-4) for lr in (HIGH, TENTH)):
+            add(BAD if paper else GOOD, clip=clip, lr=lr)
         for coef in (0.1, 1.0):
             add((GOOD if size == "small" else BAD) if paper else (BAD if size == "small" else GOOD), reward="minent_length", entropy_coef=coef)
             for lr in (HIGH, TENTH):
@@ -110,12 +111,25 @@ def test_one_seed_decides_nothing_about_better_or_worse(worlds):
     assert claims.lower_rate(alone).verdict == claims.kl_works(alone).verdict == claims.high_rate(alone).verdict == "not decided here"
 
 
+def test_incomplete_studies_are_named(worlds):
+    results.check_complete(worlds[True])
+    first = next(r for r in worlds[True].folders["small"] if r.script == "train_rloo" and r.config["seed"] == 2)
+    short = {key: values[:9] for key, values in first.metrics.items()}
+    for instead, said in (([], "seeds"), ([replace(first, evaluation={})], "no win rate"), ([replace(first, result={})], "not finished"),
+                          ([replace(first, metrics=short)], "of 9 and 64 updates")):
+        runs = [r for r in worlds[True].folders["small"] if r is not first] + instead
+        with pytest.raises(UserError, match=said):
+            results.check_complete(Study({**worlds[True].folders, "small": runs}))
+    with pytest.raises(UserError, match="reward=kl"):
+        claims.kl_works(Study({size: [r for r in runs if r.config.get("reward") != "kl"] for size, runs in worlds[True].folders.items()}))
+
+
 def test_standing_by_hand():
     assert Standing((0.1, 0.05, 0.15), (0.0, -0.1, 0.1)).over is False
     assert Standing((0.1, -0.05, 0.25), (0.0, -0.1, 0.1)).over is None
     assert Standing((-0.2, -0.3, -0.1), (0.0, -0.1, 0.1)).over is True
     assert Standing((0.1, 0.05, 0.15), (0.2, 0.1, 0.3)).over is True  # still above SFT, but it fell
-    assert str(Standing((0.1, 0.05, 0.15), (math.nan,) * 3)) == "better than SFT, no fall"
+    assert str(Standing((0.1, 0.05, 0.15), (math.nan,) * 3)) == "better than SFT, no fall seen"
 
 
 def test_the_peak_of_noise_is_not_a_fall():
@@ -137,11 +151,11 @@ def test_t_interval():
 
 
 def test_early_warning_finds_the_signal_that_warns(worlds):
-    """Only over-optimised runs lose their EOS here, and all of them do; the RM-score variance is noise and says nothing."""
+    """Only over-optimised runs lose their EOS here, and all of them do; the spread of the RM score is noise and says nothing."""
     cells = [[cell.strip() for cell in line.split("|")] for line in results.early_warning(worlds[True]).splitlines() if line.startswith("|")]
     lines = {name: values for _, name, *values in cells}
     assert lines["share of EOS, fall"][0] == "100 %" and float(lines["share of EOS, fall"][2].split()[0]) > 0
-    assert int(lines["RM-score variance, rise"][0].split()[0]) < 40
+    assert int(lines["spread of the RM score, rise"][0].split()[0]) < 40
 
 
 def test_every_section_is_written(worlds, tmp_path):
@@ -167,7 +181,7 @@ def test_runs_are_found_by_their_settings(tmp_path):
     a, b = find_runs(tmp_path)
     assert (a.win_rate, b.win_rate, a.script) == (0.25, None, "train_rloo") and a.checkpoints[3]["win_rate"] == 0.5
     assert a.metrics["gold"][0] == 0.5 and np.isnan(a.metrics["gold"][1]) and np.isnan(a.metrics["extra"][0])
-    assert select([a, b], "train_rloo", lr=1e-4) == [b] and select([a, b], "train_rloo", lr=(1e-3, 1e-4)) == [a, b] and not select([a, b], "train_simpo")
+    assert select([a, b], "train_rloo", lr=1e-4) == [b] and not select([a, b], "train_simpo")
     with pytest.raises(UserError, match="no run in it"):
         find_runs(tmp_path / "a")
 

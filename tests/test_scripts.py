@@ -192,8 +192,9 @@ def test_gamma_and_its_ratio_are_one_number(world, tmp_path):
 # --- interruption
 
 
+@pytest.mark.parametrize("last", [1, 3])  # before the first checkpoint, which is of step 2, and after it
 @each_script
-def test_killed_and_resumed_equals_uninterrupted(world, script, tmp_path, monkeypatch):
+def test_killed_and_resumed_equals_uninterrupted(world, script, last, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -201,15 +202,15 @@ def test_killed_and_resumed_equals_uninterrupted(world, script, tmp_path, monkey
 
     def log_then_die(self, step, *args, **kwargs):
         log(self, step, *args, **kwargs)
-        if step == 3:
+        if step == last:
             raise Killed
 
     monkeypatch.setattr(Run, "log", log_then_die)
     with pytest.raises(Killed):
         script.main(again(world, script, tmp_path / "run"))
     monkeypatch.setattr(Run, "log", log)
-    assert len(metrics(tmp_path / "run")) == 3 and not (tmp_path / "run/model.safetensors").exists()
-    (tmp_path / "run/ckpt/writing").mkdir()  # what a kill in the middle of a checkpoint leaves
+    assert len(metrics(tmp_path / "run")) == last and not (tmp_path / "run/model.safetensors").exists()
+    (tmp_path / "run/ckpt/writing").mkdir(parents=True)  # what a kill in the middle of a checkpoint leaves
     (tmp_path / "run/ckpt/writing/model.safetensors").write_bytes(b"half")
     script.main(again(world, script, tmp_path / "run", resume=True))
     assert distance(tmp_path / "run", configs(world)[script].out_dir) == 0
