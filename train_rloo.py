@@ -248,9 +248,9 @@ def main(cfg: Config) -> dict:
             texts = tokenizer.decode_batch([[t for t in y if t != EOS] for group in responses for y in group])
             facts = [json.loads(data["facts"][i]) for i in rows for _ in range(cfg.k)]
             metrics["gold"] = sum(gold_rewards(facts, texts, ended.flatten().tolist())) / len(texts)
-        tokens = lengths.sum().item()
-        metrics |= {f"seconds/{phase}": seconds for phase, seconds in timer.seconds.items()} | {"seconds": sum(timer.seconds.values())}
-        metrics |= {f"tokens_per_second/{phase}": passes * tokens / timer.seconds[phase]
+        tokens, seconds = lengths.sum().item(), timer.seconds
+        metrics |= {f"seconds/{phase}": spent for phase, spent in seconds.items()} | {"seconds": sum(seconds.values())}
+        metrics |= {f"tokens_per_second/{phase}": passes * tokens / seconds[phase]
                     for phase, passes in (("rollout", 1), ("scoring", 1), ("update", cfg.ppo_epochs))}
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "entropy", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)

@@ -125,18 +125,17 @@ def main(cfg: Config) -> dict:
           f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters on {device}")
 
     def logprobs_of(model, groups):
-        """Log-prob of each response token (N, K, R), and the mean logit over the vocabulary at each of them (N, K, R), for the log."""
+        """Log-prob of each response token (N, K, R), and the hidden state that predicted it (M, C)."""
         with autocast(device, cfg.dtype):
             hidden = model(groups.ids, groups.positions, groups.attend)[groups.predicts]  # (M, C)
-            logprobs, _ = token_logprobs(hidden, model.embed_out.weight, groups.targets)  # (M,)
-        mean_logits = hidden.detach().float() @ model.embed_out.weight.detach().mean(0)  # mean_v h . w_v = h . mean_v w_v
-        return groups.unpack(logprobs), groups.unpack(mean_logits)
+            return groups.unpack(token_logprobs(hidden, model.embed_out.weight, groups.targets)[0]), hidden.detach().float()
 
     def batch_loss(prompts: list, responses: list) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Losses (n,) of these groups, and what is logged of each, (n,)."""
         groups = pack(prompts, responses, max_positions=policy.config.max_position_embeddings, device=device)
         mask = groups.response_mask  # (n, K, R)
-        logprobs, logits = logprobs_of(policy, groups)
+        logprobs, hidden = logprobs_of(policy, groups)
+        logits = groups.unpack(hidden @ policy.embed_out.weight.detach().mean(0))  # mean over the vocabulary, for the log: mean_v h . w_v = h . mean_v w_v
         ref_logprobs = None
         if needs_reference:
             with torch.no_grad():

@@ -30,12 +30,12 @@ def setup(seed: int, device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        chosen = torch.empty(1, device=device).device  # with its number: cuda is cuda:0
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={device}: {str(error).splitlines()[0]}") from error
     torch.manual_seed(seed)
     if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # a CUDA graph is recorded on the current device
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
@@ -92,7 +92,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float, step: int) -> float:
     """Clips (0 = only measures), checks, steps, clears; returns the gradient norm before clipping. A non-finite loss or gradient ends the run."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
+    if max_grad_norm:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     if not math.isfinite(norm) or not math.isfinite(loss):
         raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not updated; lower --lr or resume an earlier checkpoint")
     optimizer.step()
@@ -101,17 +104,31 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: flo
 
 
 class Timer:
-    """Seconds spent in each named phase since the last lap; on CUDA a lap waits until the queued work is done."""
+    """Seconds spent in each named phase. On CUDA measured by events in the queue, so that a lap does not wait for the device; reading does."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+        self.device = device
+        self.laps = [("", self.now())]
+
+    def now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def lap(self, phase: str) -> None:
+        """What was done since the last lap was `phase`."""
+        self.laps.append((phase, self.now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
+        out: dict[str, float] = {}
+        for (_, began), (phase, ended) in zip(self.laps, self.laps[1:]):
+            out[phase] = out.get(phase, 0.0) + (began.elapsed_time(ended) / 1e3 if self.device.type == "cuda" else ended - began)
+        return out
 
 
 class Run:
@@ -171,7 +188,10 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if generator is not None:
-            generator.set_state(state["generator"])
+            try:
+                generator.set_state(state["generator"])
+            except RuntimeError as error:  # a CPU's and a GPU's generators have nothing in common
+                raise UserError(f"{newest} was written on another kind of device: its samples cannot be continued on {generator.device}") from error
         self.start = state["step"]
         metrics = self.out / "metrics.jsonl"
         if metrics.exists():  # lines after the checkpoint will be written again

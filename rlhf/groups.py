@@ -19,6 +19,8 @@ from torch import Tensor
 from rlhf.config import UserError
 from rlhf.model import PAD
 
+FLEX_BLOCK = 128  # tokens in a block of flex_attention
+
 
 @dataclass
 class Groups:
@@ -90,10 +92,14 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, segments: list, biases: lis
 
 
 def block_mask(segments: list, T: int, device: torch.device):
-    """The same rule for flex_attention: (group, response) of each token decides; response 0 is the prompt. Padding after the groups sees itself only."""
-    from torch.nn.attention.flex_attention import create_block_mask
-    group = torch.full((T,), -1, dtype=torch.int32)
-    response = torch.zeros(T, dtype=torch.int32)
+    """The same rule for flex_attention: (group, response) of each token decides; response 0 is the prompt. Padding after the groups sees padding only.
+
+    Which blocks are empty or full follows from the layout. torch's create_block_mask would ask every pair of tokens, in (T, T) tensors: 50 GB for a prefill
+    of 256 long prompts.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+    group = torch.full((T + -T % FLEX_BLOCK,), len(segments), dtype=torch.int32)  # never falls along the row; padding is a group of its own, the last
+    response = torch.zeros_like(group)
     for n, (start, P, lengths) in enumerate(segments):
         group[start : start + P + sum(lengths)] = n
         marks = torch.repeat_interleave(torch.arange(1, len(lengths) + 1, dtype=torch.int32), torch.tensor(lengths, dtype=torch.long))
@@ -103,14 +109,22 @@ def block_mask(segments: list, T: int, device: torch.device):
     def may_attend(b, h, i, j):
         return (i >= j) & (group[i] == group[j]) & ((response[j] == 0) | (response[i] == response[j]))
 
-    return create_block_mask(may_attend, None, None, T, T, device=device)
+    first, last = (group.view(-1, FLEX_BLOCK)[:, i] for i in (0, -1))  # (B,): the first and the last group of a block
+    only_prompt = (response.view(-1, FLEX_BLOCK) == 0).all(1)
+    at = torch.arange(len(first), device=device)
+    some = (at[:, None] >= at) & (last >= first[:, None])  # (B queries, B keys): a group in common, and not in the future
+    full = some & (at[:, None] > at) & (first == last[:, None]) & only_prompt  # nothing but earlier prompt tokens of the queries' one group
+    lists = []
+    for blocks in (some & ~full, full):
+        lists += [blocks.sum(-1, dtype=torch.int32)[None, None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[None, None]]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=may_attend, seq_lengths=(T, T))
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     global _flex
     if _flex is None:  # compiled on first use: uncompiled flex_attention materialises the scores
         from torch.nn.attention.flex_attention import flex_attention
-        _flex = torch.compile(flex_attention) if q.is_cuda else flex_attention
+        _flex = torch.compile(flex_attention, dynamic=True) if q.is_cuda else flex_attention
     return _flex(q, k, v, block_mask=mask)
 
 
@@ -121,7 +135,7 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], *, max_posi
          multiple: int | None = None, max_response: int | None = None) -> Groups:
     """N prompts and, for each, K responses (token ids; a response ends with its EOS if it has one) -> `Groups` on `device`.
 
-    multiple      fill the row with padding up to a multiple of this many tokens (default: 1 on the CPU; 128, flex_attention's block, on CUDA)
+    multiple      fill the row with padding up to a multiple of this many tokens (default: 1 on the CPU; FLEX_BLOCK on CUDA)
     max_response  R of the response mask, if no response here is longer (default: the longest response here)
     Raises UserError for an empty prompt, for unequal K and for a sequence longer than `max_positions`.
     """
@@ -148,7 +162,7 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], *, max_posi
         segments.append((start, P, [len(a) for a in answers]))
         lengths_all.append([len(a) for a in answers])
     device = torch.device(device)
-    padding = -len(ids) % (multiple or (128 if device.type == "cuda" else 1))
+    padding = -len(ids) % (multiple or (FLEX_BLOCK if device.type == "cuda" else 1))
     if padding and device.type != "cuda":
         segments.append((len(ids), padding, []))
     lengths = torch.tensor(lengths_all).view(len(prompts), K)  # (N, K)

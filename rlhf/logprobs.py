@@ -29,7 +29,11 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
 def chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """(m, C), (V, C) of the product's type -> logits / temperature (m, V) in float32."""
-    z = (hidden.to(weight.dtype) @ weight.T).float()
+    hidden = hidden.to(weight.dtype)
+    if weight.is_cuda and weight.dtype == torch.bfloat16:
+        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)  # logits of 10 rounded to bfloat16 would be off by up to 1/32
+    else:
+        z = (hidden @ weight.T).float()
     return z if temperature == 1 else z.div_(temperature)
 
 
@@ -106,19 +110,20 @@ class TokenLogprobs(torch.autograd.Function):
                     ref_logprobs[s], kl[s] = kernels.reference_stats(z, normalizer[s], ref_z, targets[s])
         ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
         ctx.mark_non_differentiable(ref_logprobs, kl)
+        ctx.set_materialize_grads(False)  # an entropy that no loss uses has the gradient None: known without asking the device
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs, entropy, ref_logprobs, kl
 
     @staticmethod
-    def backward(ctx, d_logprobs: Tensor, d_entropy: Tensor, *_):
+    def backward(ctx, d_logprobs: Tensor | None, d_entropy: Tensor | None, *_):
         hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        entropy_used = bool(d_entropy.any())
+        d_logprobs = torch.zeros_like(normalizer) if d_logprobs is None else d_logprobs
         for s in chunks(len(hidden), len(weight), hidden.device, ctx.chunk):
             z = chunk_logits(hidden[s], w, ctx.temperature)  # (m, V)
-            if entropy_used:
+            if d_entropy is not None:
                 d_z = kernels.entropy_gradient(z, normalizer[s], entropy[s], d_logprobs[s], d_entropy[s])
             else:
                 d_z = kernels.logprob_gradient(z, normalizer[s], d_logprobs[s])

@@ -166,7 +166,7 @@ class Backbone(nn.Module):
         cos, sin = rotary(positions, self.config)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, attend, i)
         return self.final_layer_norm(x)  # (T, C)
@@ -218,11 +218,13 @@ class NeoX(nn.Module):
             self.gpt_neox.final_layer_norm.bias -= offset * w / w.square().sum()
 
 
-def compile_layers(model: NeoX, least: int = 256) -> None:
+def compile_layers(model: NeoX, least: int | None = None) -> None:
     """torch.compile of the halves of each layer, with the number of tokens left dynamic: one compilation serves all layers and row lengths.
 
-    Rows shorter than `least` tokens (decode steps) run as they are: the guards of a compiled call cost more than the fusion saves there.
+    Rows shorter than `least` tokens (decode steps; default 256, 2048 on CUDA) run as they are: on a CPU the guards of a compiled call cost more than the
+    fusion saves there, on CUDA a compiled call would cast all weights anew at every step, where autocast remembers its copies.
     """
+    least = (2048 if next(model.parameters()).is_cuda else 256) if least is None else least
 
     def compiled(plain):
         fused = torch.compile(plain, dynamic=True)

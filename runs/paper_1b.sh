@@ -16,7 +16,7 @@ for seed in ${SEEDS:-1}; do
 
     # RLOO: 1M episodes in batches of 512, k = 2, 4 epochs, temperature 0.7, 53 tokens
     rloo() {  # name, options
-        python train_rloo.py $common --model=$out/sft --reward_model=$out/rm_s$seed --rollout_prompts=256 --keep=0 --save_every=195 --seed=$seed "${@:2}" \
+        python train_rloo.py $common --model=$out/sft --reward_model=$out/rm_s$seed --rollout_prompts=${ROLLOUT:-256} --keep=0 --save_every=195 --seed=$seed "${@:2}" \
             --out_dir=$out/rloo_$1_s$seed
     }
     for beta in 0.5 0.2 0.05 0.02; do                                                                    # section 4.1, Figures 3, 5, 12

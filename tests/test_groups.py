@@ -233,6 +233,31 @@ def test_flex_attention_is_the_same(shape, multiple):
     assert error(actual[:real], expected[:real]) < TOLERANCE and actual.isfinite().all()
 
 
+@pytest.mark.parametrize("K", [0, 1, 3])
+def test_blocks_of_the_mask_are_what_its_rule_says(K):
+    """Every pair of tokens that may look is in a listed block, and a block that is listed as full has no pair that may not."""
+    seen = 0  # full blocks
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        segments, start = [], 0
+        for _ in range(5):
+            P, *lengths = (torch.randint(1, most, (1,), generator=generator).item() for most in (900, *[90] * K))
+            segments.append((start, P, lengths))
+            start += P + sum(lengths)
+        T = start + -start % 128 + 128 * (seed % 2)  # up to a whole block of padding
+        mask = block_mask(segments, T, torch.device("cpu"))
+        may = mask.mask_mod(0, 0, torch.arange(T)[:, None], torch.arange(T))  # (T, T)
+        some, full = torch.zeros(T // 128, T // 128, dtype=torch.bool), torch.zeros(T // 128, T // 128, dtype=torch.bool)
+        for blocks, count, index in ((some, mask.kv_num_blocks, mask.kv_indices), (full, mask.full_kv_num_blocks, mask.full_kv_indices)):
+            for row, (n, columns) in enumerate(zip(count[0, 0].tolist(), index[0, 0].tolist())):
+                blocks[row, columns[:n]] = True
+        pairs = may.view(T // 128, 128, T // 128, 128).transpose(1, 2)  # (B, B, 128, 128)
+        assert not (some & full).any() and torch.equal(some | full, pairs.flatten(2).any(-1))
+        assert pairs[full].all()
+        seen += full.sum().item()
+    assert seen > 5
+
+
 def test_block_mask_by_hand():
     """Groups [p p a a b] and [p a], and one token of padding: who sees whom."""
     mask = block_mask([(0, 2, [2, 1]), (5, 1, [1])], 8, torch.device("cpu")).mask_mod

@@ -26,7 +26,9 @@ from rlhf.common import Run
 from rlhf.config import RunError, UserError
 from rlhf.generate import generate
 from rlhf.groups import pack
-from rlhf.pretrained import from_pretrained
+from rlhf.losses import NEEDS_REFERENCE
+from rlhf.model import NeoX, NeoXConfig
+from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,6 +185,15 @@ def test_every_offline_loss_trains(world, tmp_path, loss):
     assert len(metrics(tmp_path / "run")) == rows // 8 and math.isfinite(result["eval/loss"])
 
 
+@pytest.mark.parametrize("loss", NEEDS_REFERENCE)
+def test_a_reference_with_a_head_of_its_own_in_bfloat16(world, tmp_path, loss):
+    """Pythia's embeddings are not tied, so a frozen model's head is kept in bfloat16."""
+    config = NeoXConfig.from_dict({**json.loads((world / "sft/config.json").read_text()), "tie_word_embeddings": False})
+    save_pretrained(NeoX(config).init_weights(0), load_tokenizer(str(world / "sft")), tmp_path / "untied")
+    result = train_simpo.main(again(world, train_simpo, tmp_path / "run", model=str(tmp_path / "untied"), loss=loss, dtype="bfloat16", lr=1e-4))
+    assert math.isfinite(result["eval/loss"]) and math.isfinite(result["eval/logits/chosen"])
+
+
 def test_gamma_and_its_ratio_are_one_number(world, tmp_path):
     for name, option in (("a", {"gamma": 1.0}), ("b", {"gamma_beta_ratio": 0.5}), ("c", {"gamma": 0.5})):
         train_simpo.main(again(world, train_simpo, tmp_path / name, loss="simpo", beta=2.0, **option))
@@ -296,6 +307,18 @@ def test_a_model_with_another_tokenizer_is_refused(world, tmp_path):
     (tmp_path / "sft/tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match="the tokenizer of .* is not the one"):
         train_rm.main(again(world, train_rm, tmp_path / "rm", model=str(tmp_path / "sft")))
+
+
+def test_resume_on_another_kind_of_device_is_refused(world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world / "rloo", run)
+    (run / "result.json").unlink()
+    for folder in (run / "ckpt").iterdir():
+        if (folder / "trainer.pt").exists():
+            state = torch.load(folder / "trainer.pt", weights_only=True)
+            torch.save({**state, "generator": torch.zeros(16, dtype=torch.uint8)}, folder / "trainer.pt")  # the size of CUDA's
+    with pytest.raises(UserError, match="another kind of device"):
+        train_rloo.main(again(world, train_rloo, run, resume=True))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(world, tmp_path):
