@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.arms import by_rate, constrained, need
+from rlhf.arms import by_rate, constrained, need, rate
 from rlhf.config import UserError
 from rlhf.runs import RunLog, by_setting, select
 from rlhf.stats import t_interval
@@ -117,11 +117,11 @@ def rates(study: Study, size: str) -> dict[float, dict[float, list[RunLog]]]:
 
 def maxent(study: Study, size: str, lr: float) -> dict[float, list[RunLog]]:
     """The MaxEnt arms of a learning rate, by coefficient."""
-    return need(rates(study, size).get(lr), size, f"train_rloo with reward=maxent_length, lr={lr:g}")
+    return need(rates(study, size).get(lr), size, f"train_rloo with reward=maxent_length, lr={rate(lr)}")
 
 
 def minent(study: Study, size: str) -> dict[float, list[RunLog]]:
-    return need(by_rate(study.folders[size], "minent_length").get(HIGH), size, f"train_rloo with reward=minent_length, lr={HIGH:g}")
+    return need(by_rate(study.folders[size], "minent_length").get(HIGH), size, f"train_rloo with reward=minent_length, lr={rate(HIGH)}")
 
 
 def kl_arms(study: Study, size: str) -> dict[float, list[RunLog]]:
@@ -220,7 +220,7 @@ def not_eliminated(study: Study) -> Claim:
                 s, tested = standing(study, size, arm), tested + 1
                 clean = clean and s.over is False
                 if s.over:
-                    found.append(f"{size} lr {lr:g} α = {coef:g} ({s}: gold {pm(s.gain)}, fall {pm(s.drop)})")
+                    found.append(f"{size} lr {rate(lr)} α = {coef:g} ({s}: gold {pm(s.gain)}, fall {pm(s.drop)})")
     return Claim(
         "A lower learning rate does not fully eliminate over-optimisation",
         "4.2: lower learning rates \"do not fully eliminate this behavior\".",
@@ -286,7 +286,7 @@ def medium_fails(study: Study) -> Claim:
         "Holds if every arm of the medium size at a tenth and a twentieth is over-optimised; does not hold if one is better than SFT without a fall.",
         decide(all(o is True for o in over), any(o is False for o in over)),
         f"of {len(found)} arms {sum(s.gain[2] < 0 for s in found)} ended below SFT and {sum(s.gain[1] > 0 for s in found)} above; {sum(s.fell for s in found)} "
-        "fell from their peak. " + ". ".join(f"lr {lr:g}, " + arms_text(study, "medium", group, "α") for lr, group in arms.items()), "2",
+        "fell from their peak. " + ". ".join(f"lr {rate(lr)}, " + arms_text(study, "medium", group, "α") for lr, group in arms.items()), "2",
         "Nothing in this world makes the middle size special. In the paper 2.8B stands between two sizes that behave otherwise; a reward model that "
         "happens to be easier to exploit would explain that as well as scale, and the paper's text does not say that there was more than one.")
 
@@ -301,7 +301,7 @@ def large_like_small(study: Study) -> Claim:
         "Holds if at the large size some α > 0 at a tenth is better than SFT without a fall and all at the full rate are over-optimised; does not hold "
         "if all α > 0 at a tenth are over-optimised or one at the full rate is better without a fall.",
         decide(any(o is False for o in stable) and all(o is True for o in broken), all(o is True for o in stable) or any(o is False for o in broken)),
-        f"lr {TENTH:g}, " + arms_text(study, "large", low, "α") + f". lr {HIGH:g}, " + arms_text(study, "large", high, "α"), "11")
+        f"lr {TENTH:g}, " + arms_text(study, "large", low, "α") + f". lr {rate(HIGH)}, " + arms_text(study, "large", high, "α"), "11")
 
 
 def kl_plateaus(study: Study) -> Claim:
@@ -334,7 +334,7 @@ def maxent_kl_linear(study: Study) -> Claim:
         "MaxEnt at a tenth of the learning rate: the KL grows about linearly",
         "4.2, Figures 3, 5, 11: \"For Pythia 1B and 6.9B, KL divergence grows approximately linearly without immediate collapse\".",
         "R² of a straight line through the seeds' mean KL over updates. Holds if at least 0.95 for every arm; does not hold if below 0.9 for most. (The "
-        "learning rate falls linearly to 0, here as there, which bends every curve towards the end.)",
+        "learning rate falls linearly to 0 here, and by TRL's default presumably there, which bends every curve towards the end.)",
         decide(all(f >= 0.95 for f in fits), np.mean([f < 0.9 for f in fits]) > 0.5), "; ".join(text), "5 11",
         "The learning rate decays to 0, and a curve that is linear at a constant rate bends under it.")
 
@@ -366,15 +366,15 @@ def kl_drift_bounded(study: Study) -> Claim:
 
 
 def maxent_drift_grows(study: Study) -> Claim:
-    found = {f"{size} lr {lr:g} α = {coef:g}": drift_growth(arm)
+    found = {f"{size} lr {rate(lr)} α = {coef:g}": drift_growth(arm)
              for size in SIZES for lr, arms in rates(study, size).items() for coef, arm in arms.items()}
     return Claim(
         "MaxEnt runs show a growing KL between updates, even those that behave well at first",
         "4.2, Figures 3, 10, 11: \"Maximum Entropy runs consistently exhibit increasing KL drift between updates\".",
         DRIFT + "Holds if the mean grows in at least 80 % of the MaxEnt arms, does not hold if in less than 20 %.",
         decide(np.mean([f[0] > 0 for f in found.values()]) >= 0.8, np.mean([f[0] > 0 for f in found.values()]) < 0.2), ratio_text(found), "10",
-        "With a learning rate that decays to 0 and Adam, whose steps do not grow with the gradient, the updates shrink whatever the objective. What "
-        "remains of the claim is relative: compare the ratios with those of the KL-constrained arms.")
+        "Adam's steps do not grow with the gradient, and the learning rate decays to 0. What could remain of the claim is relative: compare the ratios with "
+        "those of the KL-constrained arms above.")
 
 
 def clipping(study: Study) -> Claim:
@@ -383,7 +383,7 @@ def clipping(study: Study) -> Claim:
         arm = study.ablation("medium", 0.1, lr, clip)
         s = standing(study, "medium", arm)
         over += [s.over] if clip < 0.2 and lr == HIGH else []
-        text.append(f"lr {lr:g}, clip {clip:g}: gold {pm(s.gain)}, fall {pm(s.drop)} ({s}), KL {np.mean([last(r, 'kl_full') for r in arm]):.2f}, "
+        text.append(f"lr {rate(lr)}, clip {clip:g}: gold {pm(s.gain)}, fall {pm(s.drop)} ({s}), KL {np.mean([last(r, 'kl_full') for r in arm]):.2f}, "
                     f"clipped {np.mean([r.metrics['clipfrac'].mean() for r in arm]) * 100:.0f} %, drift x {math.exp(drift_growth(arm)[0]):.2f}")
     return Claim(
         "A tighter clip range does not prevent over-optimisation",
@@ -507,7 +507,7 @@ def zero_margin(study: Study) -> Claim:
         "Appendix B, citing the SimPO paper: \"methods such as SimPO can achieve performance comparable to DPO even with a target margin of γ = 0\".",
         f"Win rate of SimPO (γ = 0, low rate) minus that of DPO at its better rate. Holds if the mean is above -{100 * COMPARABLE:.0f} points; does not "
         "hold if the interval is below that.",
-        decide(gap[0] > -COMPARABLE, gap[2] < -COMPARABLE), f"difference {pm(tuple(100 * x for x in gap), 1)} points; DPO (lr {dpo[0].config['lr']:g}) wins "
+        decide(gap[0] > -COMPARABLE, gap[2] < -COMPARABLE), f"difference {pm(tuple(100 * x for x in gap), 1)} points; DPO at {rate(dpo[0].config['lr'])} wins "
         f"{percent(win_rates(dpo))}", "6")
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 import claims
 from claims import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, WINDOW, Study, change, golds, last, percent, pm, smoothed, standing, win_rates
+from rlhf.arms import rate
 from rlhf.config import UserError, run
 from rlhf.runs import RunLog, find_runs, read_columns, select
 from rlhf.stats import gao_fit, t_interval
@@ -46,14 +47,14 @@ def adaptive_margin(study: Study) -> str:
         arms |= {f"SimPO, β = 2, γ = {gamma:g}": study.offline("simpo", lr, beta=2.0, gamma=gamma) for gamma in (0.0, 0.25, 0.5, 1.0, 2.0)}
         for name, arm in arms.items():
             margin = 2 * np.mean([r.metrics["ref_margin_mean"].mean() for r in arm]) if "dpo_length" in name else arm[0].config["gamma"]
-            rows.append([f"{lr:g}", name, "" if "DPO" in name else f"{margin:.2f}", pm(standing(study, "small", arm).gain), percent(win_rates(arm)),
+            rows.append([f"{rate(lr)}", name, "" if "DPO" in name else f"{margin:.2f}", pm(standing(study, "small", arm).gain), percent(win_rates(arm)),
                          f"{np.mean([change(r, 'logps/chosen') for r in arm]):+.1f}", f"{np.mean([r.evaluation['kl_full'] for r in arm]):.2f}"])
     verdicts = []
     for lr in (OFFLINE_HIGH, OFFLINE_LOW):
         adaptive, fixed, dpo = study.offline("dpo_length", lr), study.offline("simpo", lr, beta=2.0, gamma=0.5), study.offline("dpo", lr)
         to_fixed, to_dpo = t_interval(golds(adaptive) - golds(fixed)), t_interval(golds(dpo) - golds(fixed))
         word = "better than" if to_fixed[1] > 0 else "worse than" if to_fixed[2] < 0 else "not distinguishable from"
-        verdicts.append(f"At {lr:g} the adaptive margin is {word} the fixed γ = 0.5 (gold {pm(to_fixed)}); DPO minus that SimPO: {pm(to_dpo)}.")
+        verdicts.append(f"At {rate(lr)} the adaptive margin is {word} the fixed γ = 0.5 (gold {pm(to_fixed)}); DPO minus that SimPO: {pm(to_dpo)}.")
     return ("Length-normalised DPO is SimPO whose margin is β times the reference's own mean log-prob difference: another margin for each pair, on average "
             "that of the column. If adaptivity were what separates DPO from SimPO, it would move SimPO towards DPO.\n\n"
             + table(["lr", "loss", "mean margin", "gold minus SFT", "win rate", "change of log π(chosen)", "KL"], rows) + "\n" + " ".join(verdicts) + "\n")
@@ -64,13 +65,13 @@ def small_beta(study: Study) -> str:
     for lr in (OFFLINE_HIGH, OFFLINE_LOW):
         for gamma in (0.0, 0.25, 0.5, 1.0, 2.0):
             two, tenth = (study.offline("simpo", lr, beta=beta, gamma=gamma) for beta in (2.0, 0.1))
-            rows.append([f"{lr:g}", f"{gamma:g}", *(cell for arm in (two, tenth) for cell in (
+            rows.append([f"{rate(lr)}", f"{gamma:g}", *(cell for arm in (two, tenth) for cell in (
                 pm(standing(study, "small", arm).gain), f"{np.mean([change(r, 'logps/chosen') for r in arm]):+.1f}"))])
     gaps = [(lr, t_interval(np.mean([golds(study.offline("simpo", lr, beta=0.1, gamma=g)) - golds(study.offline("simpo", lr, beta=2.0, gamma=g))
                                      for g in (0.25, 0.5, 1.0, 2.0)], axis=0))) for lr in (OFFLINE_HIGH, OFFLINE_LOW)]
     return ("The paper does not state SimPO's β. At TRL's default of 0.1 a margin γ asks for γ/β nats per token, 20 times what it asks for at 2.\n\n"
             + table(["lr", "γ", "β = 2: gold minus SFT", "change of log π(chosen)", "β = 0.1: gold minus SFT", "change of log π(chosen)"], rows)
-            + "\nβ = 0.1 minus β = 2, mean over γ > 0: " + "; ".join(f"lr {lr:g} {pm(g)}" for lr, g in gaps) + ".\n")
+            + "\nβ = 0.1 minus β = 2, mean over γ > 0: " + "; ".join(f"lr {rate(lr)} {pm(g)}" for lr, g in gaps) + ".\n")
 
 
 def fill(study: Study) -> str:
@@ -80,7 +81,7 @@ def fill(study: Study) -> str:
             masked, filled = (study.ablation("small", coef, lr, fill=value) for value in (None, 1.0))
             gap = t_interval(golds(filled) - golds(masked))
             worse.append(gap[2] < 0)
-            rows.append([f"{lr:g}", f"{coef:g}", *(pm(standing(study, "small", arm).gain) for arm in (masked, filled)), pm(gap),
+            rows.append([f"{rate(lr)}", f"{coef:g}", *(pm(standing(study, "small", arm).gain) for arm in (masked, filled)), pm(gap),
                          *(f"{np.mean([last(r, 'response_length') for r in arm]):.1f}" for arm in (masked, filled)),
                          *(f"{100 * np.mean([last(r, 'eos_share') for r in arm]):.0f} %" for arm in (masked, filled))])
     return ("TRL filled the log-probs after the EOS with 1.0; summed over the padding and divided by |y|, eq. 7 then contains a hidden penalty of β(R - "
@@ -133,35 +134,41 @@ def signal(run: RunLog, name: str) -> np.ndarray:
 
 def early_warning(study: Study) -> str:
     runs = [r for size in SIZES for r in select(study.folders[size], "train_rloo")]
-    fall = {id(r): (curve := smoothed(r.metrics["gold"])).max() - curve[-1] for r in runs}
-    peak = {id(r): int(smoothed(r.metrics["gold"]).argmax()) + WINDOW // 2 for r in runs}  # update in the middle of the best window
-    seeds = sorted({r.config["seed"] for r in runs})
+    gold = [smoothed(r.metrics["gold"]) for r in runs]  # entry i is the mean of updates i + 1 ... i + WINDOW, and stands for the one in the middle
+    fall = [curve.max() - curve[-1] for curve in gold]
+    peaks = [int(curve.argmax()) for curve in gold]
+    falls = [peak + int((curve[peak:] < curve.max() - FELL).argmax()) for peak, curve in zip(peaks, gold)]
     rows = []
     for name in SIGNALS:
-        alarms, false, leads = [], [], []
-        for held in seeds:  # the threshold comes from the other seeds, so from other reward models
-            healthy = [signal(r, name).max() for r in runs if r.config["seed"] != held and fall[id(r)] < STAYED]
-            threshold = np.quantile(healthy, 1 - FALSE_ALARMS)
-            for r in (r for r in runs if r.config["seed"] == held):
-                above = np.flatnonzero(signal(r, name) > threshold)
-                if fall[id(r)] < STAYED:
-                    false.append(len(above) > 0)
-                elif fall[id(r)] > FELL:
-                    alarms.append(len(above) > 0)
-                    if len(above):
-                        leads.append(peak[id(r)] - (above[0] + 4))
-        before = np.sum(np.array(leads) > 0) / len(alarms)
-        rows.append((np.median(leads) if leads else -math.inf, [name, f"{100 * np.mean(alarms):.0f} %", f"{100 * before:.0f} %",
-                    f"{np.median(leads):+.0f} ({np.quantile(leads, 0.25):+.0f} to "
-                    f"{np.quantile(leads, 0.75):+.0f})" if leads else "", f"{100 * np.mean(false):.0f} %"]))
-    fallen, healthy = sum(f > FELL for f in fall.values()), sum(f < STAYED for f in fall.values())
-    rows.sort(key=lambda row: (-float(row[1][1].split()[0]), -row[0]))
-    return (f"All {len(runs)} RLOO runs of the grid. {fallen} over-optimised (gold, mean of {WINDOW} updates, more than {FELL} below its peak at the end), "
-            f"{healthy} stayed healthy (less than {STAYED} below). A signal alarms at the first update where its mean over 4 updates exceeds a threshold; "
-            f"the threshold is the lowest that would have alarmed at most {100 * FALSE_ALARMS:.0f} % of the healthy runs of the OTHER seeds (other reward "
-            "models). Lead: updates from the alarm to the gold peak, positive = warned before it.\n\n"
-            + table(["signal", "alarmed, of over-optimised runs", "before the gold peak", "median lead in updates (quartiles)", "false alarms, held-out"],
-                    [row for _, row in rows]))
+        signals, alarmed, false, to_peak, to_fall = [signal(r, name) for r in runs], [], [], [], []
+        for r, values, depth, peak, broken in zip(runs, signals, fall, peaks, falls):
+            # the threshold comes from the other seeds, so from other reward models
+            healthy = [s.max() for other, s, f in zip(runs, signals, fall) if other.config["seed"] != r.config["seed"] and f < STAYED]
+            alarms = np.flatnonzero(values > np.quantile(healthy, 1 - FALSE_ALARMS))
+            if depth < STAYED:
+                false.append(len(alarms) > 0)
+            elif depth > FELL:
+                alarmed.append(len(alarms) > 0)
+                to_peak += [peak + WINDOW // 2 - (i + 4) for i in alarms[:1]]
+                to_fall += [broken + WINDOW // 2 - (i + 4) for i in alarms[:1]]
+
+        def lead(updates: list[int], found: list[bool] = alarmed) -> list[str]:
+            if not updates:
+                return ["0 %", ""]
+            low, middle, high = np.quantile(updates, [0.25, 0.5, 0.75])
+            return [f"{100 * np.sum(np.array(updates) > 0) / len(found):.0f} %", f"{middle:+.0f} ({low:+.0f} to {high:+.0f})"]
+
+        rows.append([name, f"{100 * np.mean(alarmed):.0f} %", *lead(to_peak), *lead(to_fall), f"{100 * np.mean(false):.0f} %"])
+    rows.sort(key=lambda row: -int(row[1].split()[0]))
+    return (f"All {len(runs)} RLOO runs of the grid. {sum(f > FELL for f in fall)} over-optimised (gold, mean of {WINDOW} updates, more than {FELL} below "
+            f"its peak at the end), {sum(f < STAYED for f in fall)} stayed healthy (less than {STAYED} below). A signal alarms at the first update where "
+            f"its mean over 4 updates exceeds a threshold: the lowest that would have alarmed at most {100 * FALSE_ALARMS:.0f} % of the healthy runs of "
+            f"the OTHER seeds (other reward models). Leads are in updates, from the alarm to the gold peak and to the update where gold was {FELL} below "
+            "it: positive = warned before. The peak of the over-optimised runs is at update "
+            f"{np.median([p for p, f in zip(peaks, fall) if f > FELL]) + WINDOW // 2:.0f} in the median, which leaves little time. Sizes and learning "
+            "rates are pooled, so a level may in part tell the learning rate; and a run is judged by its own noisy peak here.\n\n"
+            + table(["signal", "alarmed, of over-optimised", "before the peak", "median lead to the peak (quartiles)", f"before gold fell by {FELL}",
+                     "median lead to that fall (quartiles)", "false alarms, held-out"], rows))
 
 
 # --- the report
@@ -205,7 +212,7 @@ def all_arms(study: Study) -> str:
             arm.sort(key=lambda r: r.config["seed"])
             s, measured = standing(study, size, arm), {key: np.mean([r.evaluation[key] for r in arm]) for key in ("kl_full", "entropy")}
             online = [pm(s.drop), f"{np.mean([last(r, 'scores') for r in arm]):.2f}", s] if method.startswith("RLOO") else ["", "", ""]
-            rows.append([size, method, note, f"{lr:g}", f"{coef:g}", len(arm), pm(s.gain), percent(win_rates(arm)),
+            rows.append([size, method, note, f"{rate(lr)}", f"{coef:g}", len(arm), pm(s.gain), percent(win_rates(arm)),
                          f"{np.mean([r.result['greedy/gold'] for r in arm]):.2f}", f"{measured['kl_full']:.2f}", f"{measured['entropy']:.2f}", *online])
     return table(["size", "method", "", "lr", "coefficient or γ", "seeds", "gold minus SFT", "win rate", "greedy gold", "KL", "entropy", "fall of gold",
                   "proxy", "standing"], rows)
@@ -272,9 +279,10 @@ def main(cfg: Config) -> dict:
     judged = [claim(study) for claim in claims.CLAIMS]
     count = Counter(c.verdict for c in judged)
     greedy = ", ".join(f"{select(study.folders[size], 'train_sft')[0].result['greedy/gold']:.2f} ({size})" for size in SIZES)
+    sampled = ", ".join(f"{study.sft(size)['gold']:.2f}" for size in SIZES)
     error = ", ".join(f"{standard_error(root / size / 'eval/sft/summaries.parquet'):.3f} {size}" for size in SIZES)
     parts = [HEAD.format(date=about["started"].split()[0], torch=about["torch"], runs=sum(map(len, study.folders.values())), window=WINDOW, greedy=greedy,
-                         error=error, accuracy=f"{100 * min(accuracy):.0f} to {100 * max(accuracy):.0f} "
+                         error=error, sampled=sampled, accuracy=f"{100 * min(accuracy):.0f} to {100 * max(accuracy):.0f} "
                          f"%", references=f"{study.sft('small')['gold_reference']:.2f}"),
              f"## Verdicts\n\n{len(judged)} claims: " + ", ".join(f"{number} {verdict}" for verdict, number in count.most_common()) + ".\n",
              table(["", "claim", "verdict here"], [[i, c.title, f"**{c.verdict}**"] for i, c in enumerate(judged, 1)]), "## The claims\n"]
