@@ -186,6 +186,7 @@ def coefficients(label: str, runs: list[RunLog], which: int, smooth: int):
         draw(axis, logs(arms, "α"), metric, "step", smooth, list(series_styles(arms).values()))
         axis.set_ylabel(LABELS[metric])
         axis.set_xlabel("update" if i >= 2 else "")
+    log_scale(axes[3])  # the first updates move far more than all others
     figure.suptitle(f"{label}, lr {rate(lr)}", fontsize=13)
     legend(figure, axes, 2)
     return figure
@@ -208,6 +209,7 @@ def figure_12(folders: dict[str, list[RunLog]], smooth: int = 5):
     figure, axes = grid([f"{label}, KL-constrained, lr {rate(lr)}"], metrics, 7, 2.2)
     for axis, metric in zip(axes[:, 0], metrics):
         draw(axis, logs(arms, "β"), metric, "step", smooth, list(series_styles(arms).values()))
+    log_scale(axes[2, 0])
     legend(figure, axes.flat, 2)
     return figure
 

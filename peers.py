@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -111,13 +111,14 @@ class Side:
             message = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise RunError(f"{self.name} died with exit code {self.process.exitcode} (out of memory?)") from None
+            raise RunError(f"{self.name} died with exit code {self.process.exitcode}: out of memory? --sequential holds one side at a time") from None
         if "error" in message:
             raise RunError(f"{self.name} failed:\n{message['error']}")
         return message
 
     def step(self) -> dict:
-        self.pipe.send("go")
+        with suppress(BrokenPipeError):  # it has died: receive() says so
+            self.pipe.send("go")
         return self.receive()
 
     def close(self) -> None:
