@@ -166,9 +166,9 @@ def test_every_section_is_written(worlds, tmp_path):
     assert "highest 0.40 at n = 4" in results.fits(worlds[True], tmp_path)
     assert "worse in 2 of 4 settings" in results.fill(worlds[True])  # at the low rate only: at the high one masked runs are as bad
     assert "worse than the fixed" in results.adaptive_margin(worlds[True])
-    assert results.small_beta(worlds[True]).count("\n| 0.0003") == 5
+    assert results.small_beta(worlds[True]).count("\n| 3e-4") == 5
     arms = results.all_arms(worlds[True])
-    assert "| small | RLOO maxent_length | fill 1.0 | 0.0003 | 1 | 3 |" in arms and "| medium | RLOO maxent_length | clip 0.0001 | 0.0003 | 0.1 | 3 |" in arms
+    assert "| small | RLOO maxent_length | fill 1.0 | 3e-4 | 1 | 3 |" in arms and "| medium | RLOO maxent_length | clip 0.0001 | 3e-4 | 0.1 | 3 |" in arms
 
 
 def test_runs_are_found_by_their_settings(tmp_path):
