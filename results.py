@@ -220,16 +220,18 @@ def all_arms(study: Study) -> str:
 
 HEAD = """# Results: the paper's claims in a world where the true reward is known
 
-Written by `python results.py` from the runs of `bash runs/study.sh`; do not edit by hand. {date}, 2 cores, one run per core, torch {torch}; {runs} runs.
+Written by `python results.py` from the runs of `bash runs/study.sh`; do not edit by hand. {date}, 2 cores, one run per core, torch {torch}; {runs} runs
+and 9 of best-of-n.
 
 **The world** (`data/toy_world.py`): posts hide three to five facts among distractions; the gold reward of a summary is exact; fallible people with a
 liking for flourishes and length compare summaries; a reward model learns from 20,000 such choices and is right on {accuracy} of held-out ones. Three small
 GPT-NeoX models stand for the paper's three: small (0.13M parameters) for 1B, medium (0.66M) for 2.8B, large (1.9M) for 6.9B; after SFT (learning rates
 1.5e-3, 8e-4, 7e-4) their greedy summaries have gold {greedy} on 256 posts, where the human references have {references}. So a larger model is not a better
-one here: 12,000 posts are not enough for that. RLOO with k = 4, 64 updates of 64 responses, 4 passes each, temperature 0.7, a learning rate that falls
-linearly to 0. The learning rates 3e-4, 3e-5 and 1.5e-5 stand for the paper's 1e-6, 1e-7 and 5e-8; the first was chosen by looking at KL-constrained runs
-of the small model. Offline 3e-4 and 6e-5 stand for 1e-6 and 2e-7; the first was chosen by looking at DPO. What holds here need not hold for Pythia on
-TL;DR, and the other way round: `runs/paper_1b.sh` and its siblings are a similar grid there.
+one here. RLOO with k = 4, 64 updates of 64 responses, 4 passes each, temperature 0.7, a learning rate that falls linearly to 0. The learning rates 3e-4,
+3e-5 and 1.5e-5 stand for the paper's 1e-6, 1e-7 and 5e-8; the first is a rate at which KL-constrained trial runs of the small and the medium model
+improved (a handful of MaxEnt trial runs at 3e-4 and 3e-5 were seen then, too). Offline 3e-4 and 6e-5 stand for 1e-6 and 2e-7; the first was chosen by
+trial runs of DPO. What holds here need not hold for Pythia on TL;DR, and the other way round: `runs/paper_1b.sh` and its siblings are a similar grid
+there.
 
 **How to read the numbers.** Three seeds per arm. In RLOO each seed has its own reward model, prompts and samples; in SimPO and DPO its own order of the
 data. All share the SFT model of their size and the 20,000 choices. ± is the half width of the 95 % interval of Student's t over the seeds, which with
@@ -238,10 +240,12 @@ above the SFT model's, whose own standard error ({error}) is common to all arms 
 the training samples (means of {window} updates) ended below its peak, the peak taken from the other seeds. An arm is over-optimised if the interval of its
 gold lies below SFT or that of its fall above 0. The win rate is the share of those 500 summaries with a higher gold reward than the human reference, ties
 as half. The paper judges greedy summaries; the SFT models' greedy ones come close to the references, which leaves little to gain, so sampled ones are
-judged (greedy gold is in the table of all arms; 500 posts for RLOO, 256 for SimPO and DPO).
+judged (greedy gold is in the table of all arms; 500 posts for RLOO, 256 for SimPO and DPO). Mind what follows: a policy that only becomes more certain
+gains sampled gold, up to the distance between the SFT model's sampled gold ({sampled}) and its greedy gold. Where entropy falls, as under MinEnt or with a
+coefficient of 0, part of a gain is this.
 
-The rules of the claims were written before the first RLOO run of the study; the history of `claims.py` shows what was changed since (wording, none of the
-thresholds).
+The rules of the claims were written after those trial runs and before the first RLOO run of the study; the history of `claims.py` shows what was changed
+since (wording, none of the thresholds).
 """
 
 
