@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-import claims
-from claims import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, WINDOW, Study, change, golds, last, percent, pm, smoothed, standing, win_rates
+from claims import CLAIMS, FAILS
 from rlhf.arms import rate
 from rlhf.config import UserError, run
 from rlhf.runs import RunLog, find_runs, read_columns, select
 from rlhf.stats import gao_fit, t_interval
+from study import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, WINDOW, Study, change, golds, kl_arms, last, maxent, percent, pm, smoothed, standing, win_rates
 
 FELL, STAYED = 0.1, 0.05  # gold: a run that fell by more than this from its peak over-optimised; one that fell by less stayed healthy
 FALSE_ALARMS = 0.1  # share of healthy runs that a threshold may alarm
@@ -94,8 +94,8 @@ def fits(study: Study, root: Path) -> str:
     rows = []
     for size in SIZES:
         sft = study.sft(size)["gold"]
-        families = {"KL-constrained": claims.kl_arms(study, size), "MaxEnt, full rate": claims.maxent(study, size, HIGH),
-                    "MaxEnt, a tenth": claims.maxent(study, size, TENTH)}
+        families = {"KL-constrained": kl_arms(study, size), "MaxEnt, full rate": maxent(study, size, HIGH),
+                    "MaxEnt, a tenth": maxent(study, size, TENTH)}
         for name, arms in families.items():
             runs = [r for arm in arms.values() for r in arm]
             kl, gain = (np.concatenate([smoothed(r.metrics[key]) for r in runs]) for key in ("kl_full", "gold"))
@@ -280,7 +280,7 @@ def main(cfg: Config) -> dict:
     check_complete(study)
     about = json.loads((select(study.folders["small"], "train_rloo")[0].path / "run.json").read_text())
     accuracy = [r.result["accuracy"] for runs in study.folders.values() for r in select(runs, "train_rm")]
-    judged = [claim(study) for claim in claims.CLAIMS]
+    judged = [claim(study) for claim in CLAIMS]
     count = Counter(c.verdict for c in judged)
     greedy = ", ".join(f"{select(study.folders[size], 'train_sft')[0].result['greedy/gold']:.2f} ({size})" for size in SIZES)
     sampled = ", ".join(f"{study.sft(size)['gold']:.2f}" for size in SIZES)
@@ -291,7 +291,7 @@ def main(cfg: Config) -> dict:
              f"## Verdicts\n\n{len(judged)} claims: " + ", ".join(f"{number} {verdict}" for verdict, number in count.most_common()) + ".\n",
              table(["", "claim", "verdict here"], [[i, c.title, f"**{c.verdict}**"] for i, c in enumerate(judged, 1)]), "## The claims\n"]
     for i, c in enumerate(judged, 1):
-        reason = f"\n\n*A likely reason, not tested:* {c.reason}" if c.reason and c.verdict == claims.FAILS else ""
+        reason = f"\n\n*A likely reason, not tested:* {c.reason}" if c.reason and c.verdict == FAILS else ""
         pictures = ", ".join(f"[figure {name}](docs/figures/figure_{name}.png)" for name in c.figures.split()) or "see the table of all arms"
         parts.append(f"### {i}. {c.title}\n\n*Paper:* {c.paper}\n\n*Rule:* {c.rule}\n\n*Here:* {c.ours} ({pictures}).\n\n**{c.verdict}**{reason}\n")
     parts += ["## What the paper leaves open\n\n### Is an adaptive margin what separates DPO from SimPO?\n", adaptive_margin(study),

@@ -13,13 +13,14 @@ import torch
 import best_of_n
 import claims
 import results
-from claims import CLAIMS, HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Standing, Study, drops
+from claims import CLAIMS
 from data import toy
 from rlhf.config import UserError
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import load_tokenizer, save_pretrained
 from rlhf.runs import RunLog, find_runs, select
 from rlhf.stats import t_interval
+from study import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Standing, Study, drops, smoothed
 
 UPDATES, SEEDS, SFT = 64, (1, 2, 3), 0.3
 
@@ -137,7 +138,7 @@ def test_the_peak_of_noise_is_not_a_fall():
     random = np.random.default_rng(0)
     arms = [[RunLog(Path("x"), "train_rloo", {}, {"gold": random.normal(size=64)}, {}, {}) for _ in SEEDS] for _ in range(400)]
     found = np.array([drops(arm) for arm in arms])
-    naive = np.array([[(c := claims.smoothed(r.metrics["gold"])).max() - c[-1] for r in arm] for arm in arms])
+    naive = np.array([[(c := smoothed(r.metrics["gold"])).max() - c[-1] for r in arm] for arm in arms])
     assert abs(found.mean()) < 4 * found.std() / math.sqrt(found.size) and naive.mean() > 0.5
 
 
