@@ -73,10 +73,10 @@ def win_rates(arm: list[RunLog]) -> np.ndarray:
     return np.array([run.win_rate for run in arm])
 
 
-def drops(arm: list[RunLog], metric: str = "gold") -> np.ndarray:
+def drops(arm: list[RunLog]) -> np.ndarray:
     """How far the gold reward of the samples fell from its peak to the end, per seed. The peak is where the mean of the OTHER seeds is highest, so that the
     highest of many noisy numbers is not taken for a peak."""
-    curves = np.stack([smoothed(run.metrics[metric]) for run in arm])  # (seeds, n)
+    curves = np.stack([smoothed(run.metrics["gold"]) for run in arm])  # (seeds, n)
     peaks = [np.delete(curves, s, axis=0).mean(0).argmax() if len(arm) > 1 else curves[s].argmax() for s in range(len(arm))]
     return np.array([curve[peak] - curve[-1] for curve, peak in zip(curves, peaks)])
 

@@ -70,7 +70,6 @@ def select(runs: list[RunLog], script: str, **settings) -> list[RunLog]:
     return [run for run in runs if run.script == script and all(run.config.get(key) == wanted for key, wanted in settings.items())]
 
 
-def by_setting(runs: list[RunLog], *names: str) -> dict:
-    """{value of that setting (of several: their tuple): its runs, which then are seeds}, in the order of the values."""
-    values = sorted({tuple(run.config[name] for name in names) for run in runs})
-    return {value[0] if len(names) == 1 else value: [r for r in runs if tuple(r.config[name] for name in names) == value] for value in values}
+def by_setting(runs: list[RunLog], name: str) -> dict:
+    """{value of that setting: its runs}, in the order of the values."""
+    return {value: [run for run in runs if run.config[name] == value] for value in sorted({run.config[name] for run in runs})}
