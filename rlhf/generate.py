@@ -66,7 +66,7 @@ class Cache:
             self.response_values[layer].index_copy_(3, time, v[:, :, :, None].to(self.response_values.dtype))
             q = q.to(self.response_keys.dtype) * D**-0.5
             to_prompt = q @ self.prompt_keys[layer].transpose(-1, -2) + self.prompt_bias  # (N, H, K, P)
-            to_own = (self.response_keys[layer] @ q[..., None])[..., 0]  # (N, H, K, R)
+            to_own = (q[..., None, :] @ self.response_keys[layer].transpose(-1, -2))[..., 0, :]  # (N, H, K, R)
             future = torch.arange(R, device=q.device) > time
             to_own = to_own.masked_fill(future, float("-inf"))
             weights = torch.cat([to_prompt.float(), to_own.float()], dim=-1).softmax(-1).to(q.dtype)  # (N, H, K, P + R)

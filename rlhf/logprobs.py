@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from rlhf.products import linear, outer
+
 # Logits of one chunk. On the CPU: enough rows for fast matrix products, few enough to stay near the cache (common.keep_freed_memory keeps malloc from
 # unmapping such a buffer at every use).
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
@@ -33,7 +35,7 @@ def chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     if weight.is_cuda and weight.dtype == torch.bfloat16:
         z = torch.mm(hidden, weight.T, out_dtype=torch.float32)  # logits of 10 rounded to bfloat16 would be off by up to 1/32
     else:
-        z = (hidden @ weight.T).float()
+        z = linear(hidden, weight).float()
     return z if temperature == 1 else z.div_(temperature)
 
 
@@ -86,11 +88,9 @@ def head_gradient(d_z: Tensor, d_logprobs: Tensor, targets: Tensor, hidden: Tens
     """From the gradient of a chunk of logits, still without its onehot part, into those of hidden states (m, C) and head weight (V, C)."""
     d_z = d_z.scatter_add_(1, targets[:, None], d_logprobs[:, None]).to(weight.dtype)
     if d_hidden is not None:
-        d_hidden.copy_(d_z @ weight)
-    if d_weight is not None and weight.dtype == torch.float32:
-        d_weight.addmm_(d_z.T, hidden.to(weight.dtype))
-    elif d_weight is not None:  # summed over chunks in float32
-        d_weight += d_z.T @ hidden.to(weight.dtype)
+        d_hidden.copy_(linear(d_z, weight.T))
+    if d_weight is not None:  # summed over chunks in float32
+        d_weight += outer(d_z, hidden.to(weight.dtype))
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.config import UserError
+from rlhf.products import Linear
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -108,15 +109,15 @@ class Attention(nn.Module):
     def __init__(self, config: NeoXConfig):
         super().__init__()
         C = config.hidden_size
-        self.query_key_value = nn.Linear(C, 3 * C, bias=config.attention_bias)
-        self.dense = nn.Linear(C, C, bias=config.attention_bias)
+        self.query_key_value = Linear(C, 3 * C, bias=config.attention_bias)
+        self.dense = Linear(C, C, bias=config.attention_bias)
 
 
 class MLP(nn.Module):
     def __init__(self, config: NeoXConfig):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = Linear(config.intermediate_size, config.hidden_size)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,11 +184,11 @@ class NeoX(nn.Module):
         self.config, self.head = config, head
         self.gpt_neox = Backbone(config)
         if head == "embed_out":
-            self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
             if config.tie_word_embeddings:
                 self.embed_out.weight = self.gpt_neox.embed_in.weight
         else:
-            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+            self.score = Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         return self.gpt_neox(ids, positions, attend)

@@ -1,0 +1,61 @@
+"""Matrix products: on the CPU in float32 by oneDNN, elsewhere torch's own.
+
+For float32 on a CPU torch calls MKL, which on AMD processors stays with AVX2: half of what a core with AVX-512 can do. oneDNN, part of every such build of
+torch too, uses AVX-512 on both makes. (`_linear_pointwise` is what torch.compile emits for it; without it everything here is F.linear.)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ONEDNN = (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+          and torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
+def by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether it has this product: not of empty matrices."""
+    return ONEDNN and not a.is_cuda and a.dtype == b.dtype == torch.float32 and a.numel() * b.numel() > 0 and not torch.is_autocast_enabled("cpu")
+
+
+@torch.library.custom_op("rlhf::onednn_linear", mutates_args=())
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear with a gradient, as an operator of its own: torch.compile takes torch's one for constant weights only."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@onednn_linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    d_x = linear(d_out, weight.T) if ctx.needs_input_grad[0] else None
+    d_weight = outer(d_out, x) if ctx.needs_input_grad[1] else None
+    return d_x, d_weight, d_out.sum(0) if ctx.needs_input_grad[2] else None
+
+
+onednn_linear.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: (T, C), (out, C), (out,) -> (T, out)."""
+    if not by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return onednn_linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # the same without the 10 us of an operator in Python: decode steps
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b: (T, M), (T, N) -> (M, N). The narrower one is turned: oneDNN wants the elements of a sum side by side."""
+    if not by_onednn(a, b):
+        return a.T @ b
+    return linear(a.T.contiguous(), b.T) if a.shape[1] <= b.shape[1] else linear(b.T.contiguous(), a.T).T
+
+
+class Linear(nn.Linear):
+    """nn.Linear of rows (T, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

@@ -1,0 +1,83 @@
+"""The CPU's matrix products: those of float64, with gradients, whatever the shape and the layout; and torch's own where oneDNN has none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf import products
+from rlhf.products import Linear, linear, outer
+
+SHAPES = [(0, 8, 4), (1, 8, 4), (3, 1, 4), (5, 8, 1), (7, 64, 129), (300, 33, 512)]  # rows, inputs, outputs
+
+
+def inputs(T, C, out):
+    generator = torch.Generator().manual_seed(T + C + out)
+    return [torch.randn(*size, generator=generator).requires_grad_() for size in ((T, C), (out, C), (out,))]
+
+
+def with_gradients(function, tensors):
+    y = function(*tensors)
+    return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), tensors)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_value_and_gradients(shape, onednn, monkeypatch):
+    if onednn and not products.ONEDNN:
+        pytest.skip("no oneDNN with AVX-512 here")
+    monkeypatch.setattr(products, "ONEDNN", onednn)
+    tensors = inputs(*shape)
+    exact = with_gradients(F.linear, [t.detach().double().requires_grad_() for t in tensors])
+    for found, expected in zip(with_gradients(linear, tensors), exact):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * shape[1] ** 0.5)
+
+
+def test_gradients_of_what_needs_them_only():
+    x, weight, bias = inputs(5, 8, 3)
+    y = linear(x.detach(), weight, None)
+    y.sum().backward()
+    assert x.grad is None
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(3, 8))
+    with torch.no_grad():  # the path of decode steps
+        assert torch.equal(linear(x, weight, bias), linear(x.detach(), weight.detach(), bias.detach()))
+
+
+@pytest.mark.parametrize("a,b", [((6, 3), (6, 5)), ((6, 5), (6, 3)), ((1, 4), (1, 4)), ((0, 4), (0, 2))])
+def test_outer_turns_the_narrower_one(a, b):
+    a, b = torch.randn(a), torch.randn(b)
+    torch.testing.assert_close(outer(a, b), (a.double().T @ b.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_layouts():
+    wide, weight = torch.randn(9, 40), torch.randn(12, 7)
+    for x in (wide[:, 5:12], torch.randn(7, 9).T, wide[::2, :7]):
+        torch.testing.assert_close(linear(x, weight), (x.double() @ weight.double().T).float(), rtol=1e-5, atol=1e-5)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(linear(x, weight.T), (x.double() @ weight.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_products_are_float32_not_a_narrower_type():
+    """1 + 2^-12 is a float32 and no bfloat16 or TF32: its square minus 1 would be 0 or off by 1e-3 of itself there."""
+    x = torch.full((4, 1), 1 + 2.0**-12)
+    found = linear(torch.cat([x, -torch.ones_like(x)], 1), torch.tensor([[1 + 2.0**-12, 1.0]]))
+    torch.testing.assert_close(found, torch.full((4, 1), 2.0**-11), rtol=2e-4, atol=0)
+    narrow = linear(torch.cat([x, -torch.ones_like(x)], 1).bfloat16(), torch.tensor([[1 + 2.0**-12, 1.0]]).bfloat16())
+    assert not torch.allclose(narrow.float(), torch.full((4, 1), 2.0**-11), rtol=2e-4, atol=0)
+
+
+def test_compiled_is_the_same():
+    layer = Linear(16, 24)
+    compiled = torch.compile(lambda x: F.gelu(layer(x)) + 1, dynamic=True)
+    for T in (5, 9):
+        x = torch.randn(T, 16, requires_grad=True)
+        plain = with_gradients(lambda x, *_: F.gelu(layer(x)) + 1, [x, *layer.parameters()])
+        for found, expected in zip(with_gradients(lambda x, *_: compiled(x), [x, *layer.parameters()]), plain):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_products_are_torchs_own():
+    x, weight, bias = (t.detach() for t in inputs(5, 8, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear(x, weight, bias)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, F.linear(x, weight, bias))
+    assert not products.by_onednn(x.bfloat16(), weight.bfloat16())
