@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.model import PAD
+from rlhf.products import ROWS
 
 FLEX_BLOCK = 128  # tokens in a block of flex_attention
 
@@ -135,7 +136,7 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], *, max_posi
          multiple: int | None = None, max_response: int | None = None) -> Groups:
     """N prompts and, for each, K responses (token ids; a response ends with its EOS if it has one) -> `Groups` on `device`.
 
-    multiple      fill the row with padding up to a multiple of this many tokens (default: 1 on the CPU; FLEX_BLOCK on CUDA)
+    multiple      fill the row with padding up to a multiple of this many tokens (default: FLEX_BLOCK on CUDA; on the CPU ROWS, from ROWS tokens on)
     max_response  R of the response mask, if no response here is longer (default: the longest response here)
     Raises UserError for an empty prompt, for unequal K and for a sequence longer than `max_positions`.
     """
@@ -162,7 +163,7 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], *, max_posi
         segments.append((start, P, [len(a) for a in answers]))
         lengths_all.append([len(a) for a in answers])
     device = torch.device(device)
-    padding = -len(ids) % (multiple or (FLEX_BLOCK if device.type == "cuda" else 1))
+    padding = -len(ids) % (multiple or (FLEX_BLOCK if device.type == "cuda" else ROWS if len(ids) > ROWS else 1))
     if padding and device.type != "cuda":
         segments.append((len(ids), padding, []))
     lengths = torch.tensor(lengths_all).view(len(prompts), K)  # (N, K)

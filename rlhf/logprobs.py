@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from rlhf.products import linear, outer
+from rlhf.products import ROWS, linear, outer
 
 # Logits of one chunk. On the CPU: enough rows for fast matrix products, few enough to stay near the cache (common.keep_freed_memory keeps malloc from
 # unmapping such a buffer at every use).
@@ -19,9 +19,12 @@ CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 
 
 def chunks(M: int, V: int, device: torch.device, chunk: int | None = None) -> Iterator[slice]:
+    """Slices of M tokens: multiples of ROWS as far as that goes, then the rest."""
     size = chunk or max(1, CHUNK_BYTES[device.type] // (4 * V))
-    for start in range(0, M, size):
-        yield slice(start, min(start + size, M))
+    size, whole = size // ROWS * ROWS or size, M // ROWS * ROWS
+    for begin, end in ((0, whole), (whole, M)):
+        for start in range(begin, end, size):
+            yield slice(start, min(start + size, end))
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -1,7 +1,10 @@
 """Matrix products: on the CPU in float32 by oneDNN, elsewhere torch's own.
 
 For float32 on a CPU torch calls MKL, which on AMD processors stays with AVX2: half of what a core with AVX-512 can do. oneDNN, part of every such build of
-torch too, uses AVX-512 on both makes. (`_linear_pointwise` is what torch.compile emits for it; without it everything here is F.linear.)
+torch too, does not. (`_linear_pointwise` is what torch.compile emits for it; where it is missing, everything here is F.linear.)
+
+oneDNN compiles a kernel for every new shape, which takes as long as a small product itself. So it gets multiples of ROWS rows and fewer than that, numbers
+that come again: `groups.pack` fills its row up, `logprobs.chunks` cuts accordingly.
 """
 
 import torch
@@ -10,11 +13,13 @@ from torch import Tensor, nn
 
 ONEDNN = (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
           and torch.backends.cpu.get_cpu_capability() == "AVX512")
+ROWS = 64
 
 
 def by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether it has this product: not of empty matrices."""
-    return ONEDNN and not a.is_cuda and a.dtype == b.dtype == torch.float32 and a.numel() * b.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    """Whether a product of these, with the rows of a, is one for it."""
+    return (ONEDNN and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            and (a.shape[0] < ROWS or a.shape[0] % ROWS == 0) and a.numel() * b.numel() > 0)
 
 
 @torch.library.custom_op("rlhf::onednn_linear", mutates_args=())

@@ -89,7 +89,7 @@ def test_every_number_of_a_greedy_evaluation(world, tmp_path, capsys):
         assert row["preference/gold"] == (0.5 if gold[0] == gold[1] else float(gold[0] > gold[1]))
         groups = pack([post["query_token"]], [[row["tokens"]]], max_positions=256)
         with torch.no_grad():
-            score = rm.scores(rm(groups.ids, groups.positions, groups.attend)[-1]).item()
+            score = rm.scores(rm(groups.ids, groups.positions, groups.attend)[groups.last[0, 0]]).item()
         assert row["scores"] == pytest.approx(score, abs=1e-5) and row["preference/rm"] == float(row["scores"] > row["scores_reference"])
         nll, tokens = nll - ref.sum().item(), tokens + len(ids)
         ratio, surprisal = ratio + (own - ref).sum().item(), surprisal - own.sum().item()

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from rlhf import products
-from rlhf.products import Linear, linear, outer
+from rlhf.groups import pack
+from rlhf.logprobs import chunks
+from rlhf.products import ROWS, Linear, linear, outer
 
-SHAPES = [(0, 8, 4), (1, 8, 4), (3, 1, 4), (5, 8, 1), (7, 64, 129), (300, 33, 512)]  # rows, inputs, outputs
+SHAPES = [(0, 8, 4), (1, 8, 4), (3, 1, 4), (5, 8, 1), (7, 64, 129), (300, 33, 512), (256, 33, 512), (128, 512, 48)]  # rows, inputs, outputs
 
 
 def inputs(T, C, out):
@@ -81,3 +83,14 @@ def test_bfloat16_products_are_torchs_own():
         found = linear(x, weight, bias)
         assert found.dtype == torch.bfloat16 and torch.equal(found, F.linear(x, weight, bias))
     assert not products.by_onednn(x.bfloat16(), weight.bfloat16())
+
+
+@pytest.mark.parametrize("M", [1, 63, 64, 65, 300, 1000])
+@pytest.mark.parametrize("chunk", [None, 7, 100, 200])
+def test_rows_come_in_numbers_that_come_again(M, chunk):
+    """oneDNN compiles for every new number of rows: chunks and packed rows are multiples of ROWS or fewer than that."""
+    found = list(chunks(M, 512, torch.device("cpu"), chunk))
+    assert [i for s in found for i in range(s.start, s.stop)] == list(range(M))
+    assert all(s.stop - s.start < ROWS or (s.stop - s.start) % ROWS == 0 for s in found)
+    T = len(pack([[5] * M], [[[7] * 3]], max_positions=2048).ids)
+    assert T >= M + 3 and (T <= ROWS or T % ROWS == 0)
