@@ -2,7 +2,7 @@
 
     loss = - mean over tokens of log pi(token | what came before)      over query and response (N+), or over the response (--loss_on=response)
 
-Every token of a batch weighs the same, however the batch is cut into micro-batches. EOS is learnt: it ends every response, and nothing is padded.
+Every token of a batch weighs the same, however the batch is cut into micro-batches. EOS is learnt: it ends every response, and no post is padded.
 Leaves out: dropout (off in N+), packing of several posts into one context (each post sees itself only).
 
     CPU, toy world:  python train_sft.py --data_dir=out/toy/data --model=out/toy/data/base --init=scratch --out_dir=out/toy/sft --lr=1.5e-3 --warmup=0.05

@@ -47,11 +47,13 @@ class Cache:
 
     def prefill(self, groups: Groups):
         """The `attend` of the prefill: ordinary attention over the packed prompts, which also fills the prompt cache."""
+        lengths = torch.tensor([P for _, P, _ in groups.segments[: self.prompt_keys.shape[1]]])
+        prompt = torch.repeat_interleave(lengths).to(groups.ids.device)  # (T without padding,): whose token
+        place = groups.positions[: len(prompt)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for n, (start, P, _) in enumerate(groups.segments[: self.prompt_keys.shape[1]]):
-                self.prompt_keys[layer, n, :, :P] = k[start : start + P].transpose(0, 1)  # (H, P, D)
-                self.prompt_values[layer, n, :, :P] = v[start : start + P].transpose(0, 1)
+            for cache, new in ((self.prompt_keys[layer], k), (self.prompt_values[layer], v)):
+                cache[prompt, :, place] = new[: len(prompt)].to(cache.dtype)  # (T, H, D), one kernel for all prompts
             return groups.attend(layer, q, k, v)
 
         return attend

@@ -5,8 +5,8 @@
     may attend: to earlier tokens of the prompt and of the same response; never to another response or group
     predicts:   the LAST PROMPT TOKEN predicts the first token of every response
 
-A prompt is computed once, forward and backward, and shared by its K responses; nothing is padded; the vocabulary head sees only the positions
-that predict a response token. The prefix sharing for pairs is that of arXiv 2410.20305; here it serves every stage.
+A prompt is computed once, forward and backward, and shared by its K responses; nothing is padded but the end of the row, to a round length; the vocabulary
+head sees only the positions that predict a response token. The prefix sharing for pairs is that of arXiv 2410.20305; here it serves every stage.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,8 @@ class Groups:
     targets         (M,)       the response tokens, in the order group, response, time
     last            (N, K)     index into the row of the last token of each response (where a reward model is read)
     response_mask   (N, K, R)  True on response tokens including the first EOS; R = longest response here
-    segments                   per group: (where it starts in the row, prompt length, response lengths)
+    slots           (M,)       where the response tokens are in a flat (N, K, R)
+    segments                   per group: (where it starts in the row, prompt length, response lengths); on the CPU also of the padding, without responses
     """
 
     ids: Tensor
@@ -41,11 +42,12 @@ class Groups:
     targets: Tensor
     last: Tensor
     response_mask: Tensor
+    slots: Tensor
     segments: list[tuple[int, int, list[int]]]
 
     def unpack(self, flat: Tensor) -> Tensor:
         """Per-token values (M,) -> (N, K, R), differentiable. Where response_mask is False the result holds 0 and must not be read."""
-        return flat.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, flat)
+        return flat.new_zeros(self.response_mask.numel()).scatter(0, self.slots, flat).view(self.response_mask.shape)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over the row, (T, H, D) each. See `group_attention`; on CUDA one flex_attention over the whole row."""
@@ -136,7 +138,7 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], *, max_posi
          multiple: int | None = None, max_response: int | None = None) -> Groups:
     """N prompts and, for each, K responses (token ids; a response ends with its EOS if it has one) -> `Groups` on `device`.
 
-    multiple      fill the row with padding up to a multiple of this many tokens (default: FLEX_BLOCK on CUDA; on the CPU ROWS, from ROWS tokens on)
+    multiple      fill the row with padding up to a multiple of this many tokens (default: FLEX_BLOCK on CUDA; on the CPU ROWS, beyond ROWS tokens)
     max_response  R of the response mask, if no response here is longer (default: the longest response here)
     Raises UserError for an empty prompt, for unequal K and for a sequence longer than `max_positions`.
     """
@@ -170,7 +172,7 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], *, max_posi
     R = max(max_response or 0, int(lengths.max()) if lengths.numel() else 0)
     mask = torch.arange(R) < lengths[..., None]  # (N, K, R)
     tensors = [torch.tensor(ids + [PAD] * padding), torch.tensor(positions + list(range(padding))), torch.tensor(predicts, dtype=torch.long),
-               torch.tensor(targets, dtype=torch.long), torch.tensor(last, dtype=torch.long).view(len(prompts), K), mask]
+               torch.tensor(targets, dtype=torch.long), torch.tensor(last, dtype=torch.long).view(len(prompts), K), mask, mask.flatten().nonzero()[:, 0]]
     return Groups(*[t.to(device, non_blocking=True) for t in tensors], segments)
 
 

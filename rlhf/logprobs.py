@@ -19,9 +19,10 @@ CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 
 
 def chunks(M: int, V: int, device: torch.device, chunk: int | None = None) -> Iterator[slice]:
-    """Slices of M tokens: multiples of ROWS as far as that goes, then the rest."""
+    """Slices of M tokens; on the CPU multiples of ROWS as far as that goes, then the rest."""
+    rows = ROWS if device.type == "cpu" else 1
     size = chunk or max(1, CHUNK_BYTES[device.type] // (4 * V))
-    size, whole = size // ROWS * ROWS or size, M // ROWS * ROWS
+    size, whole = size // rows * rows or size, M // rows * rows
     for begin, end in ((0, whole), (whole, M)):
         for start in range(begin, end, size):
             yield slice(start, min(start + size, end))
@@ -88,12 +89,12 @@ def compile_kernels() -> None:
 
 
 def head_gradient(d_z: Tensor, d_logprobs: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
-    """From the gradient of a chunk of logits, still without its onehot part, into those of hidden states (m, C) and head weight (V, C)."""
+    """From the gradient of a chunk of logits, still without its onehot part, into those of hidden states (m, C) and head weight, turned: (C, V)."""
     d_z = d_z.scatter_add_(1, targets[:, None], d_logprobs[:, None]).to(weight.dtype)
     if d_hidden is not None:
         d_hidden.copy_(linear(d_z, weight.T))
     if d_weight is not None:  # summed over chunks in float32
-        d_weight += outer(d_z, hidden.to(weight.dtype))
+        d_weight += outer(hidden.to(weight.dtype), d_z)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -122,7 +123,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros(weight.shape[::-1], device=weight.device) if ctx.needs_input_grad[1] else None  # (C, V), as the product makes it
         d_logprobs = torch.zeros_like(normalizer) if d_logprobs is None else d_logprobs
         for s in chunks(len(hidden), len(weight), hidden.device, ctx.chunk):
             z = chunk_logits(hidden[s], w, ctx.temperature)  # (m, V)
@@ -132,7 +133,7 @@ class TokenLogprobs(torch.autograd.Function):
                 d_z = kernels.logprob_gradient(z, normalizer[s], d_logprobs[s])
             d_z = d_z if ctx.temperature == 1 else d_z.div_(ctx.temperature)
             head_gradient(d_z, d_logprobs[s] / ctx.temperature, targets[s], hidden[s], w, None if d_hidden is None else d_hidden[s], d_weight)
-        return d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype), *[None] * 5
+        return d_hidden, d_weight if d_weight is None else d_weight.T.to(weight.dtype), *[None] * 5
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None) -> tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ class SummedNLL(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool, chunk: int | None) -> Tensor:
         dtype = product_dtype(hidden.device)
         loss, minus_one = torch.zeros((), device=hidden.device), torch.full((len(hidden),), -1.0, device=hidden.device)
-        d_hidden, d_weight = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)) if with_gradient else (None, None)
+        d_hidden, d_weight = (torch.empty_like(hidden), torch.zeros(weight.shape[::-1], device=weight.device)) if with_gradient else (None, None)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             for s in chunks(len(hidden), len(weight), hidden.device, chunk):
@@ -173,7 +174,7 @@ class SummedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight.mul_(d_loss), None, None, None  # in place: it is as large as the head, and used once
+        return d_hidden * d_loss, d_weight.mul_(d_loss).T, None, None, None  # in place: it is as large as the head, and used once
 
 
 def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:

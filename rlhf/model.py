@@ -220,7 +220,7 @@ class NeoX(nn.Module):
 
 
 def compile_layers(model: NeoX, least: int | None = None) -> None:
-    """torch.compile of the halves of each layer, with the number of tokens left dynamic: one compilation serves all layers and row lengths.
+    """torch.compile of the halves of each layer, with the number of tokens left dynamic: one compilation serves all layers and all lengths of packed rows.
 
     Rows shorter than `least` tokens (decode steps; default 256, 2048 on CUDA) run as they are: on a CPU the guards of a compiled call cost more than the
     fusion saves there, on CUDA a compiled call would cast all weights anew at every step, where autocast remembers its copies.

@@ -1,7 +1,7 @@
 """Matrix products: on the CPU in float32 by oneDNN, elsewhere torch's own.
 
 For float32 on a CPU torch calls MKL, which on AMD processors stays with AVX2: half of what a core with AVX-512 can do. oneDNN, part of every such build of
-torch too, does not. (`_linear_pointwise` is what torch.compile emits for it; where it is missing, everything here is F.linear.)
+torch too, does not. (`_linear_pointwise` is what torch.compile emits for it; where it is missing, or without AVX-512, everything here is F.linear.)
 
 oneDNN compiles a kernel for every new shape, which takes as long as a small product itself. So it gets multiples of ROWS rows and fewer than that, numbers
 that come again: `groups.pack` fills its row up, `logprobs.chunks` cuts accordingly.
@@ -19,13 +19,16 @@ ROWS = 64
 def by_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether a product of these, with the rows of a, is one for it."""
     return (ONEDNN and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-            and (a.shape[0] < ROWS or a.shape[0] % ROWS == 0) and a.numel() * b.numel() > 0)
+            and a.dim() == 2 and (a.shape[0] < ROWS or a.shape[0] % ROWS == 0) and a.numel() * b.numel() > 0)
 
 
-@torch.library.custom_op("rlhf::onednn_linear", mutates_args=())
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear with a gradient, as an operator of its own: torch.compile takes torch's one for constant weights only."""
+def plain_onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# F.linear with a gradient, as an operator of its own: torch.compile takes torch's one for constant weights only. (Whoever changes the backward below should
+# empty torch's compile cache before measuring: a compiled graph is found again by the operator's name.)
+onednn_linear = torch.library.custom_op("rlhf::onednn_linear", plain_onednn_linear, mutates_args=())
 
 
 @onednn_linear.register_fake
@@ -35,6 +38,7 @@ def _(x, weight, bias):
 
 def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
+    d_out = d_out.contiguous()  # the gradient of a sum has strides of 0
     d_x = linear(d_out, weight.T) if ctx.needs_input_grad[0] else None
     d_weight = outer(d_out, x) if ctx.needs_input_grad[1] else None
     return d_x, d_weight, d_out.sum(0) if ctx.needs_input_grad[2] else None
@@ -49,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return onednn_linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # the same without the 10 us of an operator in Python: decode steps
+    return plain_onednn_linear(x, weight, bias)  # without the 10 us of an operator in Python: decode steps
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from rlhf.generate import Cache, generate, generate_all, sample
 from rlhf.model import EOS, NeoX
 
 G = torch.Generator().manual_seed(7)
-PROMPTS = [torch.randint(2, 61, (P,), generator=G).tolist() for P in (5, 17, 1, 9)]
+PROMPTS = [torch.randint(2, 61, (P,), generator=G).tolist() for P in (5, 17, 1, 9, 40)]
 R = 12
 
 
@@ -147,7 +147,7 @@ def test_generation_stops_when_all_have_ended(monkeypatch):
         model.embed_out.weight[EOS] = 100 * model.gpt_neox.final_layer_norm.bias
     spy = Spy(monkeypatch)
     responses, ended = generate(model, PROMPTS, 2, R)
-    assert responses == [[[EOS], [EOS]]] * 4 and ended.all() and len(spy.steps) == 1
+    assert responses == [[[EOS], [EOS]]] * len(PROMPTS) and ended.all() and len(spy.steps) == 1
 
 
 def test_one_new_token(chatty):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from rlhf import products
 from rlhf.groups import pack
 from rlhf.logprobs import chunks
-from rlhf.products import ROWS, Linear, linear, outer
+from rlhf.products import ROWS, Linear, by_onednn, linear, outer
 
 SHAPES = [(0, 8, 4), (1, 8, 4), (3, 1, 4), (5, 8, 1), (7, 64, 129), (300, 33, 512), (256, 33, 512), (128, 512, 48)]  # rows, inputs, outputs
 
@@ -29,19 +29,43 @@ def test_value_and_gradients(shape, onednn, monkeypatch):
         pytest.skip("no oneDNN with AVX-512 here")
     monkeypatch.setattr(products, "ONEDNN", onednn)
     tensors = inputs(*shape)
+    assert by_onednn(*tensors[:2]) == (onednn and shape[0] in (1, 3, 5, 7, 128, 256))  # fewer than ROWS, or multiples of it
     exact = with_gradients(F.linear, [t.detach().double().requires_grad_() for t in tensors])
     for found, expected in zip(with_gradients(linear, tensors), exact):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * shape[1] ** 0.5)
 
 
-def test_gradients_of_what_needs_them_only():
-    x, weight, bias = inputs(5, 8, 3)
-    y = linear(x.detach(), weight, None)
-    y.sum().backward()
-    assert x.grad is None
-    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(3, 8))
-    with torch.no_grad():  # the path of decode steps
-        assert torch.equal(linear(x, weight, bias), linear(x.detach(), weight.detach(), bias.detach()))
+def test_only_what_is_needed_is_computed(monkeypatch):
+    """A frozen weight costs no gradient, and neither does an input that has none; backward without one of them is the same for the other."""
+    x, weight, bias = inputs(64, 8, 3)
+    expected = with_gradients(linear, [x, weight, bias])
+    calls = []
+    monkeypatch.setattr(products, "outer", lambda a, b: calls.append("weight") or outer(a, b))
+    for frozen in ("weight", "x"):
+        free = {"x": x, "weight": weight}
+        free[frozen] = free[frozen].detach()
+        kept = "x" if frozen == "weight" else "weight"
+        y = linear(free["x"], free["weight"], None)
+        (found,) = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [free[kept]])
+        torch.testing.assert_close(found, expected[1 if kept == "x" else 2], rtol=1e-5, atol=1e-5)
+    assert calls == ["weight"] * products.ONEDNN
+
+
+def test_without_a_gradient_the_operator_is_called_directly():
+    x, weight, bias = inputs(64, 8, 3)
+    expected = linear(x, weight, bias).detach()
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("out", [3, 30])
+def test_the_gradient_of_a_sum(out):
+    """Its strides are 0."""
+    x, weight, bias = inputs(64, 8, out)
+    linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(out, 8), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(64, 8), rtol=1e-5, atol=1e-5)
+    assert bias.grad.tolist() == [64.0] * out
 
 
 @pytest.mark.parametrize("a,b", [((6, 3), (6, 5)), ((6, 5), (6, 3)), ((1, 4), (1, 4)), ((0, 4), (0, 2))])
@@ -67,10 +91,19 @@ def test_products_are_float32_not_a_narrower_type():
     assert not torch.allclose(narrow.float(), torch.full((4, 1), 2.0**-11), rtol=2e-4, atol=0)
 
 
+@pytest.mark.skipif(not products.ONEDNN, reason="no oneDNN with AVX-512 here")
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_operator_keeps_torchs_rules(biased):
+    """No aliases, the right fake, gradients under tracing, with dynamic shapes."""
+    x, weight, bias = inputs(64, 8, 3)
+    torch.library.opcheck(products.onednn_linear, (x, weight, bias if biased else None))
+
+
 def test_compiled_is_the_same():
+    """With the tracers of torch.compile, not its code generator, which would need a C++ compiler; both kinds of row numbers."""
     layer = Linear(16, 24)
-    compiled = torch.compile(lambda x: F.gelu(layer(x)) + 1, dynamic=True)
-    for T in (5, 9):
+    compiled = torch.compile(lambda x: F.gelu(layer(x)) + 1, dynamic=True, backend="aot_eager")
+    for T in (5, 64, 192, 100):
         x = torch.randn(T, 16, requires_grad=True)
         plain = with_gradients(lambda x, *_: F.gelu(layer(x)) + 1, [x, *layer.parameters()])
         for found, expected in zip(with_gradients(lambda x, *_: compiled(x), [x, *layer.parameters()]), plain):
@@ -82,15 +115,18 @@ def test_bfloat16_products_are_torchs_own():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = linear(x, weight, bias)
         assert found.dtype == torch.bfloat16 and torch.equal(found, F.linear(x, weight, bias))
-    assert not products.by_onednn(x.bfloat16(), weight.bfloat16())
+    assert not by_onednn(x.bfloat16(), weight.bfloat16())
 
 
 @pytest.mark.parametrize("M", [1, 63, 64, 65, 300, 1000])
 @pytest.mark.parametrize("chunk", [None, 7, 100, 200])
-def test_rows_come_in_numbers_that_come_again(M, chunk):
-    """oneDNN compiles for every new number of rows: chunks and packed rows are multiples of ROWS or fewer than that."""
+def test_chunks_are_of_sizes_that_come_again(M, chunk):
     found = list(chunks(M, 512, torch.device("cpu"), chunk))
     assert [i for s in found for i in range(s.start, s.stop)] == list(range(M))
     assert all(s.stop - s.start < ROWS or (s.stop - s.start) % ROWS == 0 for s in found)
-    T = len(pack([[5] * M], [[[7] * 3]], max_positions=2048).ids)
-    assert T >= M + 3 and (T <= ROWS or T % ROWS == 0)
+
+
+@pytest.mark.parametrize("P, T", [(1, 4), (61, 64), (62, 128), (125, 128), (1000, 1024)])
+def test_rows_are_of_lengths_that_come_again(P, T):
+    groups = pack([[5] * P], [[[7] * 3]], max_positions=2048)
+    assert len(groups.ids) == len(groups.positions) == T and groups.last.tolist() == [[P + 2]]
