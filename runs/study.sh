@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's study in the toy world, where the true reward is known: every run behind RESULTS.md and docs/figures, 267 of them, in about 90 minutes on
+# The paper's study in the toy world, where the true reward is known: every run behind RESULTS.md and docs/figures, 267 of them, in about 75 minutes on
 # 2 cores. Small, medium and large stand for the paper's 1B, 2.8B and 6.9B; the learning rates 3e-4, 3e-5 and 1.5e-5 for its 1e-6, 1e-7 and 5e-8 (online) and
 # 3e-4, 6e-5 for its 1e-6, 2e-7 (offline): 3e-4 is a rate at which KL-constrained RLOO and DPO work here. Seed s has its own reward model, prompts and samples.
 # Run again, it goes on where it was stopped. One run per core, JOBS=1 for fewer. OUT=dir writes there instead, report and figures included.
