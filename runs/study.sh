@@ -102,7 +102,7 @@ rloo() {  # size, name, options
 } | run_all RLOO
 
 # 4. best-of-n, and the win rate of everything against the reference summaries by the gold reward. Sampled as in training: greedy summaries of the
-#    SFT model are as good as the references in this world (win rate 0.49), which leaves nothing to gain; greedy gold is in every result.json.
+#    SFT model come close to the references in this world, which leaves little to gain; greedy gold is in every result.json.
 for size in large medium small; do
     for seed in 1 2 3; do
         task $out/$size/best_of_n_s$seed "python best_of_n.py --overwrite --data_dir=$out/$size/data --model=$out/$size/sft
