@@ -19,13 +19,15 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from rlhf.common import Run, adamw, autocast, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, run
+from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
+from rlhf.config import UserError, command_line
 from rlhf.data import batch_indices, check_distinct, check_tokenizer, read_meta, read_table, tables
+from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import compile_layers
 from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,9 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    model = from_pretrained(cfg.model, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed, device=device)
+    model = from_pretrained(
+        cfg.model, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed, device=device, dtype=cfg.dtype
+    )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
@@ -103,9 +107,7 @@ def main(cfg: Config) -> dict:
     def scores(prompts: list, responses: list) -> torch.Tensor:
         """Rewards (N, K) of K responses to each prompt, read at the last token of each."""
         groups = pack(prompts, responses, max_positions=model.config.max_position_embeddings, device=device)
-        with autocast(device, cfg.dtype):
-            hidden = model(groups.ids, groups.positions, groups.attend)  # (T, C)
-        return model.scores(hidden[groups.last])  # (N, K)
+        return response_scores(model, groups)  # (N, K)
 
     @torch.no_grad()
     def all_scores(prompts: list, responses: list, name: str) -> torch.Tensor:
@@ -155,4 +157,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

@@ -17,15 +17,18 @@ from typing import Literal
 
 import torch
 
-from rlhf.common import Run, adamw, autocast, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, run
+from data.gold import gold
+from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
+from rlhf.config import UserError, command_line
 from rlhf.data import batch_indices, check_tokenizer, read_meta, read_table
+from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
-from rlhf.judge import summary_metrics
-from rlhf.logprobs import compile_kernels, summed_nll
+from rlhf.logprobs import compile_kernels
 from rlhf.model import compile_layers
 from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.run import Run
+from rlhf.summaries import summary_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    model = from_pretrained(cfg.model, revision=cfg.revision, init=cfg.init, seed=cfg.seed, device=device)
+    model = from_pretrained(cfg.model, revision=cfg.revision, init=cfg.init, seed=cfg.seed, device=device, dtype=cfg.dtype)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
@@ -100,9 +103,7 @@ def main(cfg: Config) -> dict:
     def batch_loss(prompts: list, responses: list, tokens: int) -> torch.Tensor:
         """Sum of -log pi over the tokens of these groups, divided by the tokens of the whole batch."""
         groups = pack(prompts, responses, max_positions=model.config.max_position_embeddings, device=device)
-        with autocast(device, cfg.dtype):
-            hidden = model(groups.ids, groups.positions, groups.attend)  # (T, C)
-            return summed_nll(hidden[groups.predicts], model.embed_out.weight, groups.targets) / tokens
+        return summed_nll(model, groups) / tokens
 
     @torch.no_grad()
     def validation_loss() -> float:
@@ -129,11 +130,10 @@ def main(cfg: Config) -> dict:
         out.checkpoint(step + 1, model, tokenizer, optimizer)
 
     prompts = valid["query_token"]
-    with autocast(device, cfg.dtype):
-        samples, ended = generate_all(model, prompts, 1, meta["response_tokens"], batch=64, progress="greedy samples")
-    quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, samples, ended)
+    samples, ended = generate_all(model, prompts, 1, meta["response_tokens"], batch=64, progress="greedy samples")
+    quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, samples, ended, gold(cfg.data_dir))
     return out.finish(model, tokenizer, {"loss": loss, "eval/loss": validation_loss(), **quality})
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

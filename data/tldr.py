@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rlhf.config import UserError, run  # noqa: E402
+from rlhf.config import UserError, command_line  # noqa: E402
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1 in every prepared data directory
 SFT_CAP = 53  # tokens of a response with EOS: the longest human summary, and the cap on generation
@@ -350,4 +350,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.toy_world import MOST_WORDS, REFERENCE_WRITER, WRITERS, Post, gold_reward, make_post, rank, utility, write_summary  # noqa: E402
-from rlhf.config import UserError, run  # noqa: E402
+from rlhf.config import UserError, command_line  # noqa: E402
 from rlhf.model import NeoXConfig  # noqa: E402
 from rlhf.pretrained import save_tokenizer  # noqa: E402
 
@@ -222,4 +222,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

@@ -6,9 +6,10 @@
         lr: float = 3e-6                 # peak learning rate
 
     if __name__ == "__main__":
-        run(main, Config)
+        command_line(main, Config)
 
-gives `python script.py --lr=1e-6`. The comment behind a field is its `--help` text, the comment line above a block is the block's title.
+gives `python script.py --lr=1e-6`. The comment behind a field is its `--help` text; a comment line that is indented
+further than the fields continues it. A comment line at their indentation is the title of the block below it.
 Types: str, int, float, bool, Literal[...] and `float | None`. A field without a default is required.
 """
 
@@ -22,6 +23,7 @@ import typing
 
 FIELD = re.compile(r"^    (\w+)\s*:\s*[^#]*?(?:#\s*(.*))?$")
 SECTION = re.compile(r"^    #\s*(.*)$")
+CONTINUED = re.compile(r"^     +#\s*(.*)$")
 
 
 class UserError(Exception):
@@ -34,12 +36,15 @@ class RunError(Exception):
 
 def field_help(cls: type) -> dict[str, tuple[str, str]]:
     """{field: (section, help)}, read from the comments in the source of `cls`."""
-    section, help_of = "options", {}
+    section, field, help_of = "options", "", {}
     for line in inspect.getsource(cls).splitlines():
         if match := SECTION.match(line):
             section = match[1]
+        elif (match := CONTINUED.match(line)) and field:
+            help_of[field] = (section, f"{help_of[field][1]} {match[1]}")
         elif (match := FIELD.match(line)) and match[1] in cls.__dataclass_fields__:
-            help_of[match[1]] = (section, match[2] or "")
+            field = match[1]
+            help_of[field] = (section, match[2] or "")
     return help_of
 
 
@@ -51,9 +56,11 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
-def parser(cls: type, description: str | None) -> argparse.ArgumentParser:
+def parser(cls: type, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
     """An argparse parser with one `--option` per field of the dataclass `cls`; unknown options and values are errors (exit code 2)."""
-    out = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    out = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     help_of, hints = field_help(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -74,10 +81,13 @@ def parser(cls: type, description: str | None) -> argparse.ArgumentParser:
     return out
 
 
-def run(main, cls: type) -> None:
-    """Parse the command line into `cls`, call `main(config)`; UserError ends with code 2, RunError with code 1."""
+def command_line(main, cls: type, epilog: str = "") -> None:
+    """Parse the command line into `cls`, call `main(config)`; UserError ends with code 2, RunError with code 1.
+
+    The description of --help is the docstring of main's module, `epilog` its last words.
+    """
     description = sys.modules[main.__module__].__doc__
-    config = cls(**vars(parser(cls, description).parse_args()))
+    config = cls(**vars(parser(cls, description, epilog).parse_args()))
     try:
         main(config)
     except (UserError, RunError) as error:

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from rlhf.config import UserError
 from rlhf.groups import Groups, pack
-from rlhf.logprobs import product_dtype
 from rlhf.model import EOS, PAD, NeoX
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is chosen; divides Pythia's 50304
@@ -34,9 +33,10 @@ class Cache:
     prompt_bias: Tensor
 
     @staticmethod
-    def allocate(model: NeoX, prompt_lengths: list[int], K: int, R: int, dtype: torch.dtype, device: torch.device) -> "Cache":
-        c = model.config
-        L, N, H, D, P = c.num_hidden_layers, len(prompt_lengths), c.num_attention_heads, c.hidden_size // c.num_attention_heads, max(prompt_lengths)
+    def allocate(model: NeoX, prompt_lengths: list[int], K: int, R: int) -> "Cache":
+        c, device, dtype = model.config, model.device, model.matmul_dtype
+        L, H, D = c.num_hidden_layers, c.num_attention_heads, c.hidden_size // c.num_attention_heads
+        N, P = len(prompt_lengths), max(prompt_lengths)
         lengths = torch.tensor(prompt_lengths, device=device)
         outside = torch.arange(P, device=device) >= lengths[:, None]  # (N, P)
         bias = torch.zeros(N, P, device=device).masked_fill(outside, float("-inf"))[:, None, None]  # (N, 1, 1, P)
@@ -132,22 +132,20 @@ def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
-def generate(model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0,
-             generator: torch.Generator | None = None) -> tuple[list[list[list[int]]], Tensor]:
+def generate(
+    model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *,
+    temperature: float = 1.0, top_p: float = 1.0, generator: torch.Generator | None = None,
+) -> tuple[list[list[list[int]]], Tensor]:
     """K sampled responses to each of N prompts.
 
-    Returns the token ids, [N][K][length], each up to and including its first EOS, and `ended` (N, K) bool: whether there was one within
-    `max_new_tokens`. temperature 0 is greedy. Raises UserError if prompt plus response would leave the model's context.
+    Returns the token ids, [N][K][length], each up to and including its first EOS, and `ended` (N, K) bool:
+    whether there was one within `max_new_tokens`. temperature 0 is greedy.
+    Raises UserError if prompt plus response would leave the model's context.
     """
-    device = model.gpt_neox.embed_in.weight.device
-    N, R, context, longest = len(prompts), max_new_tokens, model.config.max_position_embeddings, max(map(len, prompts))
+    N, R, device = len(prompts), max_new_tokens, model.device
+    context, longest = model.config.max_position_embeddings, max(map(len, prompts))
     if longest + R > context:
         raise UserError(f"a prompt of {longest} tokens and {R} new ones are more than the model's context ({context})")
-    groups = pack(prompts, [[]] * N, max_positions=context, device=device)
-    cache = Cache.allocate(model, [len(p) for p in prompts], K, R, product_dtype(device), device)
-    hidden = model(groups.ids, groups.positions, cache.prefill(groups))  # (T, C)
-    ends = torch.tensor([start + P - 1 for start, P, _ in groups.segments[:N]], device=device)
-    logits = model.embed_out(hidden[ends]).float().repeat_interleave(K, 0)  # (N K, V): the K samples start from the same distribution
     tokens = torch.full((N * K, R), PAD, device=device)
     ended = torch.zeros(N * K, dtype=torch.bool, device=device)
 
@@ -159,29 +157,42 @@ def generate(model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int,
     def step() -> Tensor:
         return model.embed_out(model(new, positions, cache.decode(time))).float()  # (N K, V)
 
-    decode = step
-    for t in range(R):
-        new.copy_(sample(logits, temperature, top_p, generator))
-        tokens[:, t] = torch.where(ended, PAD, new)
-        ended |= new == EOS
-        if t == R - 1 or (t % 8 == 7 or device.type == "cpu") and bool(ended.all()):  # on CUDA the question costs a sync
-            break
-        if t == 1 and device.type == "cuda":
-            decode = recorded(step)
-        logits = decode()
-        positions += 1
-        time += 1
+    with model.autocast():
+        groups = pack(prompts, [[]] * N, max_positions=context, device=device)
+        cache = Cache.allocate(model, [len(p) for p in prompts], K, R)
+        hidden = model(groups.ids, groups.positions, cache.prefill(groups))  # (T, C)
+        ends = torch.tensor([start + P - 1 for start, P, _ in groups.segments[:N]], device=device)
+        logits = model.embed_out(hidden[ends]).float()  # (N, V)
+        logits = logits.repeat_interleave(K, 0)  # (N K, V): the K samples start from the same distribution
+        decode = step
+        for t in range(R):
+            new.copy_(sample(logits, temperature, top_p, generator))
+            tokens[:, t] = torch.where(ended, PAD, new)
+            ended |= new == EOS
+            if t == R - 1:
+                break
+            if (t % 8 == 7 or device.type == "cpu") and bool(ended.all()):  # on CUDA the question costs a sync
+                break
+            if t == 1 and device.type == "cuda":
+                decode = recorded(step)
+            logits = decode()
+            positions += 1
+            time += 1
     lengths = torch.where(ended, (tokens == EOS).int().argmax(1) + 1, R).tolist()
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
     return [rows[n * K : (n + 1) * K] for n in range(N)], ended.view(N, K).cpu()
 
 
-def generate_all(model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *, batch: int, temperature: float = 0.0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None, progress: str | None = None) -> tuple[list[list[list[int]]], Tensor]:
-    """`generate` over any number of prompts, `batch` prompts at a time, with a progress bar named `progress`."""
+def generate_all(
+    model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *, batch: int,
+    temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None,
+    progress: str | None = None,
+) -> tuple[list[list[list[int]]], Tensor]:
+    """`generate` over any number of prompts, `batch` at a time, with a progress bar named `progress`."""
     responses, ended = [], []
+    options = {"temperature": temperature, "top_p": top_p, "generator": generator}
     for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None, leave=False):
-        some, some_ended = generate(model, prompts[start : start + batch], K, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator)
-        responses += some
-        ended.append(some_ended)
+        some = generate(model, prompts[start : start + batch], K, max_new_tokens, **options)
+        responses += some[0]
+        ended.append(some[1])
     return responses, torch.cat(ended)

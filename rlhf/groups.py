@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.model import PAD
-from rlhf.products import ROWS
+from rlhf.matmul import ROWS
 
 FLEX_BLOCK = 128  # tokens in a block of flex_attention
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from rlhf.products import ROWS, linear, outer
+from rlhf.matmul import ROWS, linear, outer
 
 # Logits of one chunk. On the CPU: enough rows for fast matrix products, few enough to stay near the cache (common.keep_freed_memory keeps malloc from
 # unmapping such a buffer at every use).
@@ -28,7 +28,7 @@ def chunks(M: int, V: int, device: torch.device, chunk: int | None = None) -> It
             yield slice(start, min(start + size, end))
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
+def autocast_dtype(device: torch.device) -> torch.dtype:
     """The type of matrix products: autocast's inside an autocast block, else float32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
@@ -89,7 +89,7 @@ def compile_kernels() -> None:
 
 
 def head_gradient(d_z: Tensor, d_logprobs: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
-    """From the gradient of a chunk of logits, still without its onehot part, into those of hidden states (m, C) and head weight, turned: (C, V)."""
+    """From the gradient of a chunk of logits, still without its onehot part, into those of hidden states (m, C) and head weight, transposed: (C, V)."""
     d_z = d_z.scatter_add_(1, targets[:, None], d_logprobs[:, None]).to(weight.dtype)
     if d_hidden is not None:
         d_hidden.copy_(linear(d_z, weight.T))
@@ -101,7 +101,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
                 temperature: float, chunk: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.dtype = product_dtype(hidden.device)
+        ctx.dtype = autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(ctx.dtype)
             ref_w = None if ref_weight is None else ref_weight.to(ctx.dtype)
@@ -154,10 +154,10 @@ def compare_logprobs(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_wei
     return TokenLogprobs.apply(hidden, weight, targets, ref_hidden.detach(), ref_weight.detach(), temperature, chunk)
 
 
-class SummedNLL(torch.autograd.Function):
+class HeadNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool, chunk: int | None) -> Tensor:
-        dtype = product_dtype(hidden.device)
+        dtype = autocast_dtype(hidden.device)
         loss, minus_one = torch.zeros((), device=hidden.device), torch.full((len(hidden),), -1.0, device=hidden.device)
         d_hidden, d_weight = (torch.empty_like(hidden), torch.zeros(weight.shape[::-1], device=weight.device)) if with_gradient else (None, None)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -177,10 +177,10 @@ class SummedNLL(torch.autograd.Function):
         return d_hidden * d_loss, d_weight.mul_(d_loss).T, None, None, None  # in place: it is as large as the head, and used once
 
 
-def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def head_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """-sum of log p(target) over the M tokens, in nats: `-token_logprobs(...)[0].sum()`, where every token weighs the same (SFT).
 
     Because the weights are known beforehand the gradient is formed in the forward, and the logits are not computed a second time: three products with
     the head instead of four. Backward once only. hidden (M, C), head weight (V, C), targets (M,).
     """
-    return SummedNLL.apply(hidden, weight, targets, torch.is_grad_enabled(), chunk)
+    return HeadNLL.apply(hidden, weight, targets, torch.is_grad_enabled(), chunk)

@@ -9,6 +9,7 @@ Dropout is left out on purpose: every stage of the recipe turns it off (N+ sft.p
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.config import UserError
-from rlhf.products import Linear
+from rlhf.matmul import Linear
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -182,6 +183,7 @@ class NeoX(nn.Module):
     def __init__(self, config: NeoXConfig, head: str = "embed_out"):
         super().__init__()
         self.config, self.head = config, head
+        self.matmul_dtype = torch.float32  # of matrix products; see `autocast`
         self.gpt_neox = Backbone(config)
         if head == "embed_out":
             self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -192,6 +194,16 @@ class NeoX(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         return self.gpt_neox(ids, positions, attend)
+
+    @property
+    def device(self) -> torch.device:
+        return self.gpt_neox.embed_in.weight.device
+
+    def autocast(self):
+        """A context in which matrix products run in `matmul_dtype`; weights, reductions and losses stay float32."""
+        if self.matmul_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.matmul_dtype)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Reward of each hidden state: (..., C) -> (...), float32."""

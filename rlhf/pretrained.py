@@ -73,22 +73,34 @@ def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> No
         raise UserError(f"{directory}: tensors missing from the file: {', '.join(sorted(left)[:4])}" + (" ..." if len(left) > 4 else ""))
 
 
-def from_pretrained(path_or_id: str, *, revision: str = "main", head: str = "embed_out", init: str = "pretrained", new_head: bool = False,
-                    seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> NeoX:
+def matmul_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """--dtype as torch has it; "auto" is bfloat16 on CUDA, float32 on the CPU."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def from_pretrained(
+    path_or_id: str, *, revision: str = "main", head: str = "embed_out", init: str = "pretrained",
+    new_head: bool = False, seed: int = 0, device: torch.device | str = "cpu", dtype: str = "auto",
+) -> NeoX:
     """A model from a Hugging Face directory or hub id.
 
     head      "embed_out" (language model) or "score" (reward model)
     init      "pretrained", or "scratch": only config.json is read, weights are drawn from `seed`
-    new_head  start a reward model from a language model: the backbone is loaded, `score` is drawn from `seed`
-    dtype     of the weights in memory: float32 for whatever is trained (recipe: bfloat16 weights would not move at 1e-6)
+    new_head  start a reward model from a language model: the backbone is loaded, `score` drawn from `seed`
+    dtype     of matrix products, "auto", "float32" or "bfloat16". The weights are float32 in memory: in
+              bfloat16 they would not move at a learning rate of 1e-6
 
-    Memory: the parameters are allocated once, on `device`, and filled tensor by tensor. Raises UserError (see `resolve`, `load_weights`).
+    Memory: the parameters are allocated once, on `device`, and filled tensor by tensor.
+    Raises UserError (see `resolve`, `load_weights`).
     """
     directory = resolve(path_or_id, revision)
     config = NeoXConfig.from_dict(read_json(directory / "config.json"))
     with torch.device("meta"):
         model = NeoX(config, head)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to_empty(device=device)
+    model.matmul_dtype = matmul_dtype(dtype, torch.device(device))
     if config.tie_word_embeddings and head == "embed_out":  # to_empty gives each name memory of its own
         model.embed_out.weight = model.gpt_neox.embed_in.weight
     if init == "scratch":

@@ -16,8 +16,9 @@ import torch
 from tokenizers import Tokenizer
 from util import raw_config, tiny_tokenizer
 
-from rlhf.common import Run, adamw, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import RunError, UserError, run
+from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
+from rlhf.run import Run
+from rlhf.config import RunError, UserError, command_line
 from rlhf.data import batch_indices, check_distinct, check_tokenizer, has_column, read_meta, read_table, tables
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained
@@ -50,7 +51,7 @@ def parse(monkeypatch, *arguments, main=None) -> Config | None:
         received.append(cfg)
 
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-    run(main or keep, Config)
+    command_line(main or keep, Config)
     return received[0] if received else None
 
 

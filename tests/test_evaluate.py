@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 import data.toy
 import evaluate
-import rlhf.llm_judge
+import evaluation.llm_judge
 from data.toy_world import gold_reward
 from evaluate import Config, find_checkpoints, main
 from rlhf.config import UserError

@@ -14,12 +14,12 @@ import pytest
 import torch
 from judge_server import JudgeServer, sections
 
-import rlhf.llm_judge
+import evaluation.llm_judge
 from rlhf.config import RunError, UserError
-from rlhf.judge import JUDGES, Post, Summary, agreement, gold_judge, make_judge, parse_judges
-from rlhf.judge_parts import AnswerCache, Budget, fill, parse_verdict, read_template
-from rlhf.llm_judge import LLMJudge
-from rlhf.stats import position_bias, win_rate
+from evaluation.judges import JUDGES, Post, Summary, agreement, gold_judge, make_judge, parse_judges
+from evaluation.llm_answers import AnswerCache, Budget, fill, parse_verdict, read_template
+from evaluation.llm_judge import LLMJudge
+from evaluation.statistics import position_bias, win_rate
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +186,7 @@ def test_retry_after_is_kept_by_all_threads(tmp_path):
         limited = next(t for t, _, kind in server.log if kind == "429")
         assert not [t for t in times if limited + 0.15 < t < limited + 0.55] and max(times) > limited + 0.55
     date = "Wed, 21 Oct 2065 07:28:00 GMT"
-    assert rlhf.llm_judge.retry_after({"retry-after": date}) > 1e9 and rlhf.llm_judge.retry_after({"retry-after": "soon"}) is None
+    assert evaluation.llm_judge.retry_after({"retry-after": date}) > 1e9 and rlhf.llm_judge.retry_after({"retry-after": "soon"}) is None
 
 
 def test_a_refusal_is_unread_kept_and_not_asked_again(tmp_path):
@@ -226,7 +226,7 @@ WORKER = """
 import json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from types import SimpleNamespace
-from rlhf.llm_judge import LLMJudge
+from evaluation.llm_judge import LLMJudge
 options, pairs = json.load(open(sys.argv[1]))
 posts, a, b = ([SimpleNamespace(query=t, text=t) for t in side] for side in pairs)
 print(json.dumps(LLMJudge(**options)(posts, a, b)))

@@ -10,7 +10,7 @@ import pytest
 
 from data.toy import train_tokenizer
 from rlhf.model import EOS
-from rlhf.page import embed, page_data, pieces, render
+from evaluation.page import embed, page_data, pieces, render
 
 HOSTILE = ["</script><script>document.title='OWNED'</script>", "<img src=x onerror=\"document.title='OWNED'\">",
            "\" onmouseover='x' & &lt; <!-- -->", "🦊👩‍👩‍👧 naïve \u2028 \u202e abc", "a" * 3000, "{{data}} {{title}} ${x} `y`", "\\u003c/script\\u003e", ""]

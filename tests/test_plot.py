@@ -8,14 +8,14 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-import figures
-import plot
-from figures import FIGURES
-from rlhf.arms import by_rate, constrained, mark
+from study import figures
+from study import plot
+from study.figures import FIGURES
+from study.arms import by_rate, constrained, mark
 from rlhf.config import UserError
-from rlhf.panels import band, pyplot
-from rlhf.runs import find_runs
-from rlhf.stats import best_of_n_fit, gao_fit
+from study.panels import band, pyplot
+from study.logs import find_runs
+from study.fits import best_of_n_fit, gao_fit
 
 UPDATES, SEEDS, HI = 40, (1, 2, 3), 1e-3
 RLOO = {"reward": "kl", "kl_coef": 0.05, "entropy_coef": 0.1, "lr": HI, "clip": 0.2, "invalid_logprob_fill": None, "k": 4, "resume": True}

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-import best_of_n
-import claims
-import results
-from claims import CLAIMS
+from study import best_of_n
+from study import claims
+from study import results
+from study.claims import CLAIMS
 from data import toy
 from rlhf.config import UserError
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import load_tokenizer, save_pretrained
-from rlhf.runs import RunLog, find_runs, select
-from rlhf.stats import t_interval
-from study import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Standing, Study, drops, smoothed
+from study.logs import RunLog, find_runs, select
+from evaluation.statistics import t_interval
+from study.standing import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Standing, Study, drops, smoothed
 
 UPDATES, SEEDS, SFT = 64, (1, 2, 3), 0.3
 

@@ -22,7 +22,7 @@ import train_rm
 import train_sft
 import train_simpo
 from data import toy
-from rlhf.common import Run
+from rlhf.run import Run
 from rlhf.config import RunError, UserError
 from rlhf.generate import generate
 from rlhf.groups import pack

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from rlhf.stats import by_length, length_controlled, paired_bootstrap, position_bias, wilson, win_rate
-from rlhf.text_metrics import distinct, novelty, repetition, rouge_rows, text_means, text_rows
+from evaluation.statistics import by_length, length_controlled, paired_bootstrap, position_bias, wilson, win_rate
+from rlhf.summaries import distinct, novelty, repetition, rouge_rows, text_means, text_rows
 
 torch.set_num_threads(1)
 

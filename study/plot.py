@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from figures import FIGURES
-from rlhf.config import UserError, run
-from rlhf.panels import LOOKS, canvas, draw, legend, pyplot
-from rlhf.runs import find_runs, read_columns
+from study.figures import FIGURES
+from rlhf.config import UserError, command_line
+from study.panels import LOOKS, canvas, draw, legend, pyplot
+from study.logs import find_runs, read_columns
 
 TITLES = {  # what an axis says; a metric that is not here goes by its own name
     "scores": "reward model's score (proxy)",
@@ -126,4 +126,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

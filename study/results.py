@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from claims import CLAIMS, FAILS
-from rlhf.arms import rate
-from rlhf.config import UserError, run
-from rlhf.runs import RunLog, find_runs, read_columns, select
-from rlhf.stats import gao_fit, t_interval
-from study import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, WINDOW, Study, change, golds, kl_arms, last, maxent, percent, pm, smoothed, standing, win_rates
+from study.claims import CLAIMS, FAILS
+from study.arms import rate
+from rlhf.config import UserError, command_line
+from study.logs import RunLog, find_runs, read_columns, select
+from evaluation.statistics import t_interval
+from study.fits import gao_fit
+from study.standing import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, WINDOW, Study, change, golds, kl_arms, last, maxent, percent, pm, smoothed, standing, win_rates
 
 FELL, STAYED = 0.1, 0.05  # gold: a run that fell by more than this from its peak over-optimised; one that fell by less stayed healthy
 FALSE_ALARMS = 0.1  # share of healthy runs that a threshold may alarm
@@ -305,4 +306,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

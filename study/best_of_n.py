@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.common import Run, autocast, frozen, setup
-from rlhf.config import UserError, run
+from rlhf.common import autocast, frozen, setup
+from rlhf.run import Run
+from rlhf.config import UserError, command_line
 from rlhf.data import check_tokenizer, read_meta
 from rlhf.generate import generate_all
-from rlhf.judge import Summary, gold_judge, make_judge, read_posts
+from evaluation.judges import Summary, gold_judge, make_judge, read_posts
 from rlhf.model import EOS
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.rewards import missing_eos
-from rlhf.tables import write
+from evaluation.tables import write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,4 +108,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.stats import paired_bootstrap
+from evaluation.statistics import paired_bootstrap
 
 SHOWN = ("win_rate", "win_rate_low", "win_rate_high", "lc_win_rate", "gold", "scores", "kl", "entropy", "rougeL", "response_length",
          "eos_share", "train_seconds")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.arms import rate
-from rlhf.runs import RunLog, by_setting, select
-from rlhf.stats import t_interval
-from study import (
+from study.arms import rate
+from study.logs import RunLog, by_setting, select
+from evaluation.statistics import t_interval
+from study.standing import (
     HIGH,
     OFFLINE_HIGH,
     OFFLINE_LOW,

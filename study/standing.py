@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.arms import by_rate, constrained, need, rate
+from study.arms import by_rate, constrained, need, rate
 from rlhf.config import UserError
-from rlhf.runs import RunLog, select
-from rlhf.stats import t_interval
+from study.logs import RunLog, select
+from evaluation.statistics import t_interval
 
 SIZES = {"small": "1B", "medium": "2.8B", "large": "6.9B"}  # what each stands for
 HIGH, TENTH, TWENTIETH = 3e-4, 3e-5, 1.5e-5  # learning rates of RLOO: for the paper's 1e-6, 1e-7, 5e-8

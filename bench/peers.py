@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import rlhf.common
+import rlhf.run
 from rlhf.config import RunError
 
 STEPS = 1_000_000  # a run ends when nobody says go any more
@@ -160,7 +161,7 @@ def our_training(task, gate: Gate) -> None:
     elif task.work == "sft":
         options["loss_on"] = cfg.loss_on
 
-    class Gated(rlhf.common.Run):
+    class Gated(rlhf.run.Run):
         """The run's log, which after every update waits for the next go."""
 
         def begin(self, *args) -> int:

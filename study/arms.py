@@ -4,7 +4,7 @@ import json
 import sys
 
 from rlhf.config import UserError
-from rlhf.runs import RunLog, by_setting, select
+from study.logs import RunLog, by_setting, select
 
 # settings in which two seeds of one arm may differ
 SEED_SETTINGS = {"seed", "out_dir", "data_dir", "model", "ref_model", "reward_model", "revision", "resume", "overwrite", "eval_rows", "eval_every",

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf import products
+from rlhf import matmul
 from rlhf.groups import pack
 from rlhf.logprobs import chunks
-from rlhf.products import ROWS, Linear, by_onednn, linear, outer
+from rlhf.matmul import ROWS, Linear, by_onednn, linear, outer
 
 SHAPES = [(0, 8, 4), (1, 8, 4), (3, 1, 4), (5, 8, 1), (7, 64, 129), (300, 33, 512), (256, 33, 512), (128, 512, 48)]  # rows, inputs, outputs
 

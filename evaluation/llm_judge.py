@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from rlhf.config import RunError, UserError
-from rlhf.judge_parts import AnswerCache, Budget, fill, parse_verdict, read_template
+from evaluation.llm_answers import AnswerCache, Budget, fill, parse_verdict, read_template
 
 KEY = "OPENAI_API_KEY"
 TRIES = 8  # of one request, with waits of about 1, 2, 4, ... 60 seconds between them

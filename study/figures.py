@@ -8,11 +8,11 @@ runs that differ only in their seed are one line, their mean, in a band from the
 
 import numpy as np
 
-from rlhf.arms import arms_of, by_rate, constrained, dpo, folder, mark, maxent_at, need, rate, simpo, win_rate
+from study.arms import arms_of, by_rate, constrained, dpo, folder, mark, maxent_at, need, rate, simpo, win_rate
 from rlhf.config import UserError
-from rlhf.panels import COLORS, LABELS, SHADES, band, below, canvas, draw, family_styles, grid, legend, log_scale, series_styles
-from rlhf.runs import RunLog, read_columns, select
-from rlhf.stats import best_of_n_fit, gao_fit
+from study.panels import COLORS, LABELS, SHADES, band, below, canvas, draw, family_styles, grid, legend, log_scale, series_styles
+from study.logs import RunLog, read_columns, select
+from study.fits import best_of_n_fit, gao_fit
 
 PAIR_METRICS = ["loss", "grad_norm", "logits/chosen", "logits/rejected", "rewards/chosen",
                 "rewards/rejected", "margins", "accuracies", "logps/chosen", "logps/rejected"]

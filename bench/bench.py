@@ -22,12 +22,13 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-import peers
-from rlhf.common import Run, setup
-from rlhf.config import RunError, UserError, run
+from bench import peers
+from rlhf.common import setup
+from rlhf.run import Run
+from rlhf.config import RunError, UserError, command_line
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, save_pretrained
-from rlhf.products import linear
+from rlhf.matmul import linear
 
 SHAPES = {  # width, layers, heads of the Pythia suite
     "pythia-14m": (128, 6, 4), "pythia-31m": (256, 6, 8), "pythia-70m": (512, 6, 8), "pythia-160m": (768, 12, 12), "pythia-410m": (1024, 24, 16),
@@ -362,4 +363,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

@@ -1,0 +1,164 @@
+"""Posts and summaries as text, and what can be counted on a summary without a judge.
+
+ROUGE (the `rouge_score` package's, an extra), repetition, novelty against the post, distinct n-grams, and the gold
+reward where the caller has one. N-grams are of lower-case words; a text too short for one has rate 0.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from rlhf.config import UserError
+from rlhf.data import has_column, read_table
+from rlhf.model import EOS
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+ROUGE_HINT = "ROUGE is left out (pip install rouge_score)"
+
+Gold = Callable[[list[str], list[str], list[bool]], list[float]]  # see data/gold.py
+
+
+@dataclass(frozen=True)
+class Post:
+    id: str
+    query: str
+    query_token: list[int]
+    facts: str | None  # what the gold reward is computed from (JSON); None where nobody knows it
+
+
+@dataclass(frozen=True)
+class Summary:
+    text: str
+    tokens: list[int]  # with EOS, if there is one
+    ended: bool  # has an EOS
+
+
+# --- from tables and samples
+
+
+def read_posts(data_dir: str, table: str, columns: list[str], limit: int = 0) -> tuple[list[Post], dict[str, list]]:
+    """The posts of a prepared table, and the named further columns."""
+    hidden = ["facts"] if has_column(data_dir, table, "facts") else []
+    rows = read_table(data_dir, table, ["id", "query", "query_token", *hidden, *columns], limit)
+    facts = rows["facts"] if hidden else [None] * len(rows["id"])
+    return [Post(*row) for row in zip(rows["id"], rows["query"], rows["query_token"], facts)], rows
+
+
+def human_summaries(texts: list[str], tokens: list[list[int]]) -> list[Summary]:
+    return [Summary(text, ids, bool(ids) and ids[-1] == EOS) for text, ids in zip(texts, tokens, strict=True)]
+
+
+def texts_of(tokenizer: Tokenizer, responses: list[list[list[int]]]) -> list[str]:
+    """N prompts with K responses each -> N K texts without EOS."""
+    return tokenizer.decode_batch([[t for t in ids if t != EOS] for group in responses for ids in group])
+
+
+def sampled_summaries(tokenizer: Tokenizer, responses: list[list[list[int]]], ended: Tensor) -> list[Summary]:
+    """What `generate_all` returned, as N K summaries."""
+    tokens = [ids for group in responses for ids in group]
+    return [Summary(*row) for row in zip(texts_of(tokenizer, responses), tokens, ended.flatten().tolist(), strict=True)]
+
+
+def gold_scores(gold: Gold, posts: list[Post], summaries: list[Summary]) -> list[float]:
+    return gold([p.facts for p in posts], [s.text for s in summaries], [s.ended for s in summaries])
+
+
+# --- counts
+
+
+def rouge_rows(references: list[str], summaries: list[str]) -> list[dict[str, float]] | None:
+    """F-measures of ROUGE-1, -2 and -L of each summary against its reference, without stemming as in N+; None without the package."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return None
+    scorer = RougeScorer(list(ROUGE), use_stemmer=False)
+    return [{name: score.fmeasure for name, score in scorer.score(r, s).items()} for r, s in zip(references, summaries, strict=True)]
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of a text's n-grams that it has said before: 0 = says nothing twice."""
+    grams = ngrams(text, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def novelty(text: str, post: str, n: int = 2) -> float:
+    """Share of a text's n-grams that the post does not have: 0 = copied from the post."""
+    grams, known = ngrams(text, n), set(ngrams(post, n))
+    return sum(gram not in known for gram in grams) / len(grams) if grams else 0.0
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Different n-grams over all n-grams of all texts together (distinct-n): low = the summaries of different posts say the same."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def text_rows(posts: list[str], references: list[str], summaries: list[str]) -> list[dict[str, float | None]]:
+    """One dict per summary: ROUGE (None without the package), repetition_3, novelty_2."""
+    rouge = rouge_rows(references, summaries) or [dict.fromkeys(ROUGE)] * len(summaries)
+    return [{**r, "repetition_3": repetition(s), "novelty_2": novelty(s, p)} for r, s, p in zip(rouge, summaries, posts, strict=True)]
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Mean of a column; None if nothing in it was measured."""
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def text_means(rows: list[dict[str, float | None]], summaries: list[str]) -> dict[str, float | None]:
+    """Means of the `text_rows`, and distinct-1 and distinct-2 of all summaries."""
+    if not rows:
+        raise UserError("no summaries to measure")
+    means = {name: mean([row[name] for row in rows]) for name in rows[0]}
+    return {**means, "distinct_1": distinct(summaries, 1), "distinct_2": distinct(summaries, 2)}
+
+
+# --- all together
+
+
+def summary_rows(
+    posts: list[Post], references: list[Summary], summaries: list[Summary], gold: Gold | None,
+) -> list[dict]:
+    """What is known of each summary without a model: ROUGE, repetition, novelty; with `gold` the gold rewards."""
+    rows = text_rows([p.query for p in posts], [r.text for r in references], [s.text for s in summaries])
+    own = gold_scores(gold, posts, summaries) if gold else [None] * len(posts)
+    human = gold_scores(gold, posts, references) if gold else [None] * len(posts)
+    return [{**row, "gold": g, "gold_reference": h} for row, g, h in zip(rows, own, human, strict=True)]
+
+
+def summary_means(rows: list[dict], references: list[Summary], summaries: list[Summary]) -> dict[str, float | None]:
+    """Means of the `summary_rows`, the numbers of all texts together, length in tokens (EOS included), share of
+    summaries with an EOS."""
+    return {
+        **text_means(rows, [s.text for s in summaries]),
+        "response_length": mean([len(s.tokens) for s in summaries]),
+        "reference_length": mean([len(r.tokens) for r in references]),
+        "eos_share": mean([float(s.ended) for s in summaries]),
+    }
+
+
+def summary_metrics(
+    data_dir: str, table: str, tokenizer: Tokenizer, samples: list[list[list[int]]], ended: Tensor, gold: Gold | None,
+) -> dict[str, float | None]:
+    """The few numbers a training script ends with, of one greedy summary for each first row of an sft table."""
+    posts, rows = read_posts(data_dir, table, ["reference_response", "reference_response_token"], len(samples))
+    references = human_summaries(rows["reference_response"], rows["reference_response_token"])
+    summaries = sampled_summaries(tokenizer, samples, ended)
+    measured = summary_rows(posts, references, summaries, gold)
+    metrics = {
+        "greedy/rougeL": mean([row["rougeL"] for row in measured]),
+        "greedy/tokens": mean([len(s.tokens) for s in summaries]),
+        "greedy/eos_share": mean([float(s.ended) for s in summaries]),
+    }
+    if gold:
+        metrics["greedy/gold"] = mean([row["gold"] for row in measured])
+    return metrics
