@@ -22,7 +22,7 @@ import torch
 from data.toy_world import gold_rewards
 from rlhf.common import Run, Timer, adamw, autocast, frozen, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, run
-from rlhf.data import batch_indices, check_tokenizer, has_column, read_meta, read_table
+from rlhf.data import batch_indices, check_context, check_tokenizer, has_column, read_meta, read_table
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.judge import summary_metrics
@@ -109,6 +109,7 @@ def main(cfg: Config) -> dict:
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     for model, name in ((policy, cfg.model), (reference, cfg.ref_model or cfg.model), (reward_model, cfg.reward_model)):
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
+    check_context(cfg.data_dir, policy.config.max_position_embeddings, ("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R))
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()
@@ -162,7 +163,7 @@ def main(cfg: Config) -> dict:
         ended = ended.to(device)
         timer.lap("rollout")
 
-        parts, updates, sums = [], [], torch.zeros(5, device=device)
+        parts, updates, sums = [], [], torch.zeros(5, dtype=torch.float64, device=device)
         for s in micro_batches(prompts, responses, cfg.micro_batch_tokens):
             # 2. scoring: reward, and log-probs under policy and reference by a forward (not from sampling), log-softmax in float32
             groups = pack_rows(prompts[s], responses[s])
@@ -196,7 +197,7 @@ def main(cfg: Config) -> dict:
             for _ in range(cfg.ppo_epochs):
                 order = torch.randperm(N, generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step * 101 + len(updates))).tolist()
                 for start in range(0, N, N // cfg.minibatches):
-                    some, sums = order[start : start + N // cfg.minibatches], torch.zeros(5, device=device)
+                    some, sums = order[start : start + N // cfg.minibatches], torch.zeros(5, dtype=torch.float64, device=device)
                     some_prompts, some_responses = [prompts[i] for i in some], [responses[i] for i in some]
                     for s in micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens):
                         n = some[s]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rlhf.common import Run, adamw, autocast, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, run
-from rlhf.data import batch_indices, check_distinct, check_tokenizer, read_meta, read_table, tables
+from rlhf.data import batch_indices, check_context, check_distinct, check_tokenizer, read_meta, read_table, tables
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import compile_layers
@@ -94,6 +94,9 @@ def main(cfg: Config) -> dict:
     model = from_pretrained(cfg.model, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed, device=device)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
+    check_context(cfg.data_dir, model.config.max_position_embeddings, ("pairs_train", cfg.train_rows, 0),
+                  *[(name, cfg.eval_rows, 0) for name in tables(cfg.data_dir, "pairs_validation")],
+                  *([("sft_train", cfg.center_rows, 0)] if cfg.center else []))
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_layers(model)

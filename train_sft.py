@@ -19,7 +19,7 @@ import torch
 
 from rlhf.common import Run, adamw, autocast, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, run
-from rlhf.data import batch_indices, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.judge import summary_metrics
@@ -85,6 +85,8 @@ def main(cfg: Config) -> dict:
     model = from_pretrained(cfg.model, revision=cfg.revision, init=cfg.init, seed=cfg.seed, device=device)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
+    check_context(cfg.data_dir, model.config.max_position_embeddings, ("sft_train", cfg.train_rows, 0),
+                  *[("sft_validation", cfg.eval_rows, new) for new in (0, meta["response_tokens"])])
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()

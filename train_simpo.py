@@ -21,7 +21,7 @@ import torch
 
 from rlhf.common import Run, adamw, autocast, frozen, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, run
-from rlhf.data import batch_indices, check_distinct, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_context, check_distinct, check_tokenizer, read_meta, read_table
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.judge import summary_metrics
@@ -113,6 +113,9 @@ def main(cfg: Config) -> dict:
     reference = frozen(from_pretrained(cfg.ref_model or cfg.model, revision=cfg.revision, device=device), device, cfg.dtype) if needs_reference else None
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, policy.config.vocab_size, cfg.model)
+    train = "rankings_train" if cfg.loss == "simpo_pl" else "pairs_train"
+    check_context(cfg.data_dir, policy.config.max_position_embeddings, (train, cfg.train_rows, 0),
+                  ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]))
     if cfg.ref_model:
         check_tokenizer(cfg.data_dir, load_tokenizer(cfg.ref_model, cfg.revision), reference.config.vocab_size, cfg.ref_model)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing

@@ -118,11 +118,12 @@ def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
 
     rho = exp(log pi(y) - log pi_old(y)), loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). `clipped` is True where the clipped branch
     is the larger one, i.e. where the sequence gives no gradient. At pi = pi_old the gradient is that of -A log pi(y).
+    The logged ratio is in float64: a far update makes one of 1e23, and its square is beyond float32.
     """
     ratio = masked_sum(logprobs - old_logprobs.detach(), mask).exp()  # (N, K)
     unclipped = -advantages * ratio
     limited = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(unclipped, limited), {"ratio": ratio.detach(), "clipped": limited.detach() > unclipped.detach()}
+    return torch.maximum(unclipped, limited), {"ratio": ratio.detach().double(), "clipped": limited.detach() > unclipped.detach()}
 
 
 # --- KL estimators (Schulman, "Approximating KL divergence")
