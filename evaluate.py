@@ -228,6 +228,7 @@ def measure(cfg: Config, name: str, path: str, rows: list[dict], references: lis
         "name": name, "model": path, "step": int(step[1]) if step else None,
         "split": cfg.split, "rows": len(rows), "temperature": cfg.temperature,
         **{key: first.get(key) for rate in ("win_rate", "lc_win_rate") for key in (rate, f"{rate}_low", f"{rate}_high")},
+        "lc_extrapolated": first.get("lc_extrapolated"),
         "gold": mean([row["gold"] for row in rows]), "gold_reference": mean([row["gold_reference"] for row in rows]),
         "scores": mean([row["scores"] for row in rows]), "scores_reference": mean([row["scores_reference"] for row in rows]),
         "kl": over(total("sample_kl"), len(rows)), "kl_full": over(total("sample_kl_full"), len(rows)),
@@ -250,7 +251,7 @@ def ask_agreement(judges: dict, posts: list, table: dict) -> dict:
             print(f"judge {name} has no verdict on any of {len(posts)} human choices")
         else:
             print(f"judge {name} agrees with people on {a['agreement']:.1%} of {a['pairs']} pairs "
-                  f"({a['agreement_low']:.1%} to {a['agreement_high']:.1%}); \"the longer one wins\" on {a['longer_wins']:.1%}"
+                  f"({a['agreement_low']:.1%} to {a['agreement_high']:.1%}); \"the longer one wins\" on {a['longer_wins']:.1%} (by {a['longer_by']})"
                   + ("" if a["beats_length"] else ": NO BETTER than taking the longer one"))
     return found
 

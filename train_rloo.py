@@ -26,7 +26,7 @@ from torch import Tensor
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -111,7 +111,7 @@ def policy_gradient(
     losses, stats = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip)  # (n, K)
     (losses.sum() / sequences).backward()
     approxkl = k2(seq_logprobs(old_logprobs, mask), seq_logprobs(logprobs.detach(), mask))  # (n, K)
-    squares = stats["ratio"].double() ** 2  # (n, K)
+    squares = stats["ratio"] ** 2  # (n, K)
     return {**stats, "loss": losses.detach(), "approxkl": approxkl, "ratio_square": squares}
 
 
@@ -178,6 +178,8 @@ def main(cfg: Config) -> dict:
     for model, name in models:
         own = load_tokenizer(name, cfg.revision)
         check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
+    context = policy.config.max_position_embeddings
+    check_context(cfg.data_dir, context, ("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R))
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()
@@ -185,9 +187,7 @@ def main(cfg: Config) -> dict:
             compile_layers(model)
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    pack_rows = partial(
-        pack, max_positions=policy.config.max_position_embeddings, device=device, max_response=R
-    )
+    pack_rows = partial(pack, max_positions=context, device=device, max_response=R)
     learn = partial(policy_gradient, clip=cfg.clip, sequences=cfg.batch_size)
     objective = " + ".join(f"{coefficient:g} {name}" for name, coefficient in coefficients.items())
     parameters = sum(p.numel() for p in policy.parameters())

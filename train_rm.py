@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_distinct, check_tokenizer, read_meta, read_table, tables
+from rlhf.data import batch_indices, check_context, check_distinct, check_tokenizer, read_meta, read_table, tables
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
@@ -114,6 +114,10 @@ def main(cfg: Config) -> dict:
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
+    uses = [("pairs_train", cfg.train_rows, 0)]
+    uses += [(name, cfg.eval_rows, 0) for name in tables(cfg.data_dir, "pairs_validation")]
+    uses += [("sft_train", cfg.center_rows, 0)] if cfg.center else []
+    check_context(cfg.data_dir, model.config.max_position_embeddings, *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_layers(model)

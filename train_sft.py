@@ -24,7 +24,7 @@ import torch
 from data.gold import gold
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -83,7 +83,7 @@ def learnt_part(query: list[int], response: list[int], loss_on: str) -> tuple[li
 
 def main(cfg: Config) -> dict:
     device = setup(cfg.seed, cfg.device)
-    meta = read_meta(cfg.data_dir)
+    R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
     columns = ["query_token", "reference_response_token"]
     train = read_table(cfg.data_dir, "sft_train", columns, cfg.train_rows)
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
@@ -101,6 +101,8 @@ def main(cfg: Config) -> dict:
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
+    uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, R)]
+    check_context(cfg.data_dir, model.config.max_position_embeddings, *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()
@@ -147,7 +149,6 @@ def main(cfg: Config) -> dict:
         out.log(step + 1, metrics, show=("loss", "lr"))
         out.checkpoint(step + 1, model, tokenizer, optimizer)
 
-    R = meta["response_tokens"]
     greedy, ended = generate_all(model, valid["query_token"], 1, R, batch=64, progress="greedy samples")
     quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, gold(cfg.data_dir))
     return out.finish(model, tokenizer, {"loss": loss, "eval/loss": validation_loss(), **quality})
