@@ -25,18 +25,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from evaluation.judges import (
+    Summary,
+    agreement,
+    decoded,
+    human_summaries,
+    make_judge,
+    parse_judges,
+    read_posts,
+    summary_means,
+    summary_rows,
+)
+from evaluation.page import page_data, render
+from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
+from evaluation.tables import show, write, write_sweep
 from rlhf.common import autocast, frozen, setup
-from rlhf.run import Run
 from rlhf.config import UserError, command_line
 from rlhf.data import check_tokenizer, read_meta
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
-from evaluation.judges import Summary, agreement, decoded, human_summaries, make_judge, parse_judges, read_posts, summary_means, summary_rows
 from rlhf.logprobs import compare_logprobs, token_logprobs
-from evaluation.page import page_data, render
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
-from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
-from evaluation.tables import show, write, write_sweep
+from rlhf.run import Run
 from rlhf.summaries import ROUGE, ROUGE_HINT, mean
 
 

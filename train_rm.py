@@ -25,7 +25,15 @@ from tqdm import tqdm
 
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_distinct, check_tokenizer, read_meta, read_table, tables
+from rlhf.data import (
+    batch_indices,
+    check_context,
+    check_distinct,
+    check_tokenizer,
+    read_meta,
+    read_table,
+    tables,
+)
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss

@@ -23,7 +23,6 @@ from rlhf.groups import micro_batches, pack
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.summaries import Post, Summary, gold_scores
 
-
 Judge = Callable[[list[Post], list[Summary], list[Summary]], list[float]]
 
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from rlhf.config import RunError, UserError
 from evaluation.llm_answers import AnswerCache, Budget, fill, parse_verdict, read_template
+from rlhf.config import RunError, UserError
 
 KEY = "OPENAI_API_KEY"
 TRIES = 8  # of one request, with waits of about 1, 2, 4, ... 60 seconds between them
