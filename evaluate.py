@@ -25,18 +25,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from evaluation.judges import (
+    Summary,
+    agreement,
+    decoded,
+    human_summaries,
+    make_judge,
+    parse_judges,
+    read_posts,
+    summary_means,
+    summary_rows,
+)
+from evaluation.page import page_data, render
+from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
+from evaluation.tables import show, write, write_sweep
 from rlhf.common import autocast, frozen, setup
-from rlhf.run import Run
 from rlhf.config import UserError, command_line
 from rlhf.data import check_tokenizer, read_meta
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
-from evaluation.judges import Summary, agreement, decoded, human_summaries, make_judge, parse_judges, read_posts, summary_means, summary_rows
 from rlhf.logprobs import compare_logprobs, token_logprobs
-from evaluation.page import page_data, render
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
-from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
-from evaluation.tables import show, write, write_sweep
+from rlhf.run import Run
 from rlhf.summaries import ROUGE, ROUGE_HINT, mean
 
 
@@ -228,6 +238,7 @@ def measure(cfg: Config, name: str, path: str, rows: list[dict], references: lis
         "name": name, "model": path, "step": int(step[1]) if step else None,
         "split": cfg.split, "rows": len(rows), "temperature": cfg.temperature,
         **{key: first.get(key) for rate in ("win_rate", "lc_win_rate") for key in (rate, f"{rate}_low", f"{rate}_high")},
+        "lc_extrapolated": first.get("lc_extrapolated"),
         "gold": mean([row["gold"] for row in rows]), "gold_reference": mean([row["gold_reference"] for row in rows]),
         "scores": mean([row["scores"] for row in rows]), "scores_reference": mean([row["scores_reference"] for row in rows]),
         "kl": over(total("sample_kl"), len(rows)), "kl_full": over(total("sample_kl_full"), len(rows)),
@@ -250,7 +261,7 @@ def ask_agreement(judges: dict, posts: list, table: dict) -> dict:
             print(f"judge {name} has no verdict on any of {len(posts)} human choices")
         else:
             print(f"judge {name} agrees with people on {a['agreement']:.1%} of {a['pairs']} pairs "
-                  f"({a['agreement_low']:.1%} to {a['agreement_high']:.1%}); \"the longer one wins\" on {a['longer_wins']:.1%}"
+                  f"({a['agreement_low']:.1%} to {a['agreement_high']:.1%}); \"the longer one wins\" on {a['longer_wins']:.1%} (by {a['longer_by']})"
                   + ("" if a["beats_length"] else ": NO BETTER than taking the longer one"))
     return found
 

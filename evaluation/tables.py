@@ -36,7 +36,7 @@ def write_sweep(out: Path, results: list[dict], rows: dict[str, list[dict]], jud
         lines.append(line)
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write(out / "sweep.csv", text.getvalue())
@@ -50,3 +50,5 @@ def show(lines: list[dict]) -> None:
     print(" " * width, *(f"{c.replace('win_rate', 'win').replace('response_', '').replace('train_', ''):>8}" for c in columns))
     for line in lines:
         print(f"{line['name']:{width}}", *(f"{line[c]:8.3f}" if line[c] is not None else " " * 8 for c in columns))
+    if far := [line["name"] for line in lines if line.get("lc_extrapolated")]:
+        print(f"lc_win of {', '.join(far)} is extrapolated: summary and reference differ in length by half or more, few pairs are equally long")

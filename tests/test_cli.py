@@ -277,6 +277,18 @@ def test_unknown_device():
 # --- common.py: the directory of a run
 
 
+def test_what_is_not_finite_is_null_in_every_file(tmp_path, capsys):
+    """Infinity and NaN are words of Python: no other reader of JSON knows them."""
+    run, model = train(Config(out_dir=str(tmp_path / "run")), 1)
+    run.log(2, {"loss": math.inf, "kl": -math.inf, "gold": math.nan, "lr": 0.5, "eos": None, "rows": 3}, show=("loss", "gold"))
+    result = run.finish(model, TOKENIZER, {"gold": math.nan, "kl": 1.5})
+    printed = capsys.readouterr().out.splitlines()[-1]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    last, written, said = (json.loads(text, parse_constant=pytest.fail) for text in (lines[-1], (tmp_path / "run/result.json").read_text(), printed))
+    assert last == {"step": 2, "loss": None, "kl": None, "gold": None, "lr": 0.5, "eos": None, "rows": 3}
+    assert written == said == result and (result["gold"], result["kl"]) == (None, 1.5)
+
+
 @pytest.fixture
 def cfg(tmp_path):
     return Config(out_dir=str(tmp_path / "run"))

@@ -27,6 +27,7 @@ from rlhf.config import UserError
 from rlhf.groups import pack
 from rlhf.model import EOS, NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
+from rlhf.tables import write_sweep
 
 torch.set_num_threads(1)
 N = 24
@@ -157,6 +158,12 @@ def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch):
     assert seen == [str(world / "rloo/ckpt/step_00000010")] and (tmp_path / "out/sweep.csv").read_text() != csv
 
 
+def test_a_sweep_goes_on_beside_results_with_fewer_columns(tmp_path):
+    """A result.json that an earlier version wrote lacks a column: its place in the table is empty."""
+    lines = write_sweep(tmp_path, [{"name": "old", "judges": {}}, {"name": "new", "lc_extrapolated": True, "judges": {}}], {}, [])
+    assert len(lines) == 2 and (tmp_path / "sweep.csv").read_text() == "name,lc_extrapolated\nold,\nnew,True\n"
+
+
 def test_names_of_checkpoints(tmp_path):
     for path in ("a/ckpt/step_9", "a/ckpt/step_10", "b/ckpt/step_9", "b/ckpt/writing"):
         (tmp_path / path).mkdir(parents=True)
@@ -217,7 +224,17 @@ def test_agreement_with_the_human_choices(world, tmp_path, capsys):
     gold = [[gold_reward(json.loads(p["facts"]), p[side], True) for side in ("chosen", "rejected")] for p in pairs]
     found = result["agreement"]["gold"]
     assert found["agreement"] == pytest.approx(sum(0.5 if c == r else c > r for c, r in gold) / len(pairs)) and found["pairs"] == 40
-    assert 'judge gold agrees with people on' in capsys.readouterr().out
+    assert 'judge gold agrees with people on' in (out := capsys.readouterr().out) and f"(by {found['longer_by']})" in out
+
+
+def test_a_length_controlled_win_rate_that_extrapolates_says_so(world, tmp_path, capsys):
+    """One token a summary is far shorter than any reference: the number stands, with a flag in the result and a line under the table."""
+    short = main(config(world, tmp_path / "short", judge="gold", n=8, response_tokens=1, sample_temperature=0.0))
+    assert short["lc_extrapolated"] is short["judges"]["gold"]["lc_extrapolated"] is True and short["lc_win_rate"] is not None
+    assert "lc_win of sft is extrapolated" in capsys.readouterr().out
+    fair = main(config(world, tmp_path / "fair", judge="gold", n=8, sample_temperature=0.0))
+    assert fair["lc_extrapolated"] is False and "extrapolated:" not in capsys.readouterr().out.replace('"lc_extrapolated":', "")
+    assert main(config(world, tmp_path / "none", n=8, sample_temperature=0.0))["lc_extrapolated"] is None
 
 
 # --- the language model as the judge

@@ -122,6 +122,16 @@ def test_clip_by_hand():
     close(logprobs.grad, torch.tensor([[[0.0] * 3, [-1.0, -1.0, 0.0]], [[3.0, 0.0, 0.0], [0.0] * 3]]))  # -A rho per kept token, or nothing
 
 
+def test_the_square_of_a_far_ratio_is_finite():
+    """Sequence ratios of e^53, about 1e23, as a diverging run makes them: their mean square, about 1e46, is beyond
+    float32."""
+    moved = torch.tensor([[53.0, 0.0]])[..., None]  # (1, 2, 1)
+    mask = torch.ones(1, 2, 1, dtype=torch.bool)
+    _, stats = clipped_policy_loss(moved, torch.zeros(1, 2, 1), torch.ones(1, 2), mask, clip=0.2)
+    ratio = stats["ratio"]
+    assert (ratio.square().mean() - ratio.mean() ** 2).item() == pytest.approx(math.exp(106) / 4, rel=1e-4)
+
+
 def test_before_the_first_step_nothing_is_clipped():
     """pi = pi_old: ratio 1, loss -A, gradient -A for every token of the sequence."""
     logprobs = LOGPROBS.clone().requires_grad_()

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+import rlhf.policy
 import train_rloo
 import train_rm
 import train_sft
@@ -29,6 +30,7 @@ from rlhf.losses import PREFERENCE_LOSSES, describe, needs_reference
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
 from rlhf.run import Run
+from study.logs import read_columns
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,6 +159,24 @@ def test_metrics_of_rloo_agree_with_each_other(world):
         assert line["reward/kl"] == pytest.approx(0.05 * line["bonus/kl"], abs=1e-6)
         assert line["reward/maxent_length"] == pytest.approx(0.1 * line["bonus/maxent_length"], abs=1e-6)
         assert line["kl_full"] > -1e-5 and line["kl_k3"] >= 0 and 0 <= line["eos_share"] <= 1 and 1 <= line["response_length"] <= 12
+
+
+@pytest.mark.parametrize("factor, known", [(1e23, True), (math.inf, False)])
+@pytest.mark.parametrize("ppo_epochs", [1, 2])
+def test_the_log_is_json_whatever_the_ratios_are(world, tmp_path, monkeypatch, ppo_epochs, factor, known):
+    """A ratio of 1e23 has a variance, an infinite one has none: null. Neither word of Python, Infinity and NaN, is JSON."""
+    def far(*args):
+        losses, stats = rlhf.policy.clipped_policy_loss(*args)
+        return losses, {**stats, "ratio": stats["ratio"] * factor}
+
+    monkeypatch.setattr(train_rloo, "clipped_policy_loss", far)
+    train_rloo.main(again(world, train_rloo, tmp_path / "run", episodes=16, ppo_epochs=ppo_epochs))
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    (line,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert (line["ratio"] is not None) == (line["ratio_var"] is not None) == known
+    if known and ppo_epochs == 1:
+        assert line["ratio"] == pytest.approx(1e23) and abs(line["ratio_var"]) < 1e36  # every ratio is 1e23: the rest is rounding
+    assert math.isnan(read_columns(tmp_path / "run/metrics.jsonl")["ratio_var"][0]) != known
 
 
 @each_script
@@ -298,6 +318,41 @@ def test_bad_data_is_named(world, tmp_path):
     (tmp_path / "c/data/sft_train.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a readable parquet file"):
         train_sft.main(again(world, train_sft, tmp_path / "sft", data_dir=long))
+
+
+@pytest.mark.parametrize("script, table, row, changes, column", [
+    (train_sft, "sft_train", 95, {}, "reference_response_token"),
+    (train_sft, "sft_validation", 7, {}, "query_token"),
+    (train_rm, "pairs_train", 63, {}, "rejected_token"),
+    (train_rm, "pairs_validation", 15, {}, "chosen_token"),
+    (train_rm, "sft_train", 95, {}, "reference_response_token"),
+    (train_simpo, "pairs_train", 63, {}, "chosen_token"),
+    (train_simpo, "rankings_train", 31, {"loss": "simpo_pl", "batch_size": 8}, "responses_token"),
+    (train_simpo, "pairs_validation", 7, {}, "rejected_token"),
+    (train_simpo, "sft_validation", 7, {}, "query_token"),
+    (train_rloo, "sft_train", 95, {}, "query_token"),
+    (train_rloo, "sft_validation", 7, {}, "query_token"),
+])
+def test_a_row_that_is_too_long_is_named_before_the_first_step(world, tmp_path, monkeypatch, script, table, row, changes, column):
+    """The last row that is used gets one token more than the context (256) has room for; with exactly as many as fit it is used."""
+    def grown(extra: int):
+        def change(rows: list[dict]) -> list[dict]:
+            tokens = rows[row][column][0] if column == "responses_token" else rows[row][column]
+            beside = sampled if column == "query_token" else len(rows[row]["query_token"])
+            tokens[:0] = [5] * (256 + extra - beside - len(tokens))
+            return rows
+        return change
+
+    sampled = 12 if script is train_rloo else json.loads((world / "data/meta.json").read_text())["response_tokens"]
+
+    long = broken_data(world, tmp_path / "long", table, grown(1))
+    with pytest.raises(UserError, match=f"{table}.parquet: row {row} is longer than the model's context \\(256\\): .*; 1 such rows: drop them"):
+        script.main(again(world, script, tmp_path / "run", data_dir=long, **changes))
+    assert not (tmp_path / "run").exists()
+    fits = broken_data(world, tmp_path / "fits", table, grown(0))
+    monkeypatch.setattr(Run, "begin", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        script.main(again(world, script, tmp_path / "run", data_dir=fits, **changes))
 
 
 def test_a_model_with_another_tokenizer_is_refused(world, tmp_path):

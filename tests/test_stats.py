@@ -81,6 +81,16 @@ def test_length_control_takes_the_advantage_of_length_away():
     assert length_controlled([math.nan], [1], [2])["lc_win_rate"] is None
 
 
+def test_length_control_says_where_it_extrapolates():
+    def extrapolated(own: list[int], human: list[int], preferences: tuple = (1.0, 0.0)) -> bool | None:
+        return length_controlled(list(preferences), own, human)["lc_extrapolated"]
+
+    assert extrapolated([15, 15], [10, 10]) is extrapolated([10, 10], [15, 15]) is extrapolated([5, 25], [10, 10]) is True
+    assert extrapolated([14, 14], [10, 10]) is extrapolated([10, 10], [14, 14]) is extrapolated([5, 15], [10, 10]) is False
+    assert extrapolated([10, 99], [10, 10], (1.0, math.nan)) is False  # what was not judged is not fitted
+    assert extrapolated([10], [10], (math.nan,)) is None
+
+
 def test_win_rate_buckets_and_position():
     p = [1.0, 0.0, 0.5, math.nan]
     rate = win_rate(p)
