@@ -109,26 +109,25 @@ def test_help_is_the_comments(monkeypatch, capsys):
 @dataclass
 class Explained:
     first: int = 1  # one line
-    second: str = "#"  # a line that goes on
+    second: str = "x"  # a line that goes on
     #                    and on,
-    #     to the end
+    #  to the end
     # title (of the block below)
     third: Literal["a", "b"] = "a"  # after a title
-    bare: float = 0.0
+    long: Literal["a fairly long default"] = "a fairly long default"
+    #   and its help below it
+        # both ways
     # another title
-
-    other = 3  # no field
-
-    #     an indented comment after a gap belongs to the field above it too
+    other: float = 0.0  # the last
 
 
 def test_a_comment_line_that_is_indented_further_continues_the_help():
-    bare = "an indented comment after a gap belongs to the field above it too"
     assert field_help(Explained) == {
         "first": ("options", "one line"),
         "second": ("options", "a line that goes on and on, to the end"),
         "third": ("title (of the block below)", "after a title"),
-        "bare": ("title (of the block below)", " " + bare),
+        "long": ("title (of the block below)", "and its help below it both ways"),
+        "other": ("another title", "the last"),
     }
 
 
@@ -392,13 +391,15 @@ SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "st
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_option_without_help_and_no_title_without_options(name):
-    """In the source and as argparse shows it: a continuation line would be taken for a title if it were not indented."""
-    config = importlib.import_module(name).Config
+    """A continued line is no title; and the docstring, the head of --help, has the lines that it shows in the source."""
+    script = importlib.import_module(name)
+    config = script.Config
+    source = Path(script.__file__).read_text().removeprefix("r")
+    assert source.startswith(f'"""{script.__doc__}"""'), "a backslash in a docstring that is not raw joins lines"
     helps = field_help(config)
     assert list(helps) == list(config.__dataclass_fields__)
     titles = {title for title, _ in helps.values()}
-    comments = re.findall(r"^    # *(.*)$", inspect.getsource(config), re.M)
-    assert titles - {"options"} == set(comments)
+    assert titles - {"options"} == set(re.findall(r"^    # ?(\S.*)$", inspect.getsource(config), re.M))
     for field, (_, text) in helps.items():
         assert len(text.split()) > 1 and "#" not in text and "  " not in text, (field, text)
 
