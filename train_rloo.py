@@ -1,4 +1,4 @@
-"""REINFORCE leave-one-out with a KL, maximum-entropy or minimum-entropy reward: stage 3, and the experiment
+r"""REINFORCE leave-one-out with a KL, maximum-entropy or minimum-entropy reward: stage 3, and the experiment
 of "Failure Modes of Maximum Entropy RLHF" (arXiv 2509.20265, 4.1 and 4.2).
 
     r(x, y) = r_phi(x, y) + sum of coefficient x term             --reward=kl:0.05+maxent_length:0.1

@@ -1,4 +1,4 @@
-"""Reward model from human preferences: stage 2.
+r"""Reward model from human preferences: stage 2.
 
     loss = - mean over pairs of log sigmoid(r(x, y_chosen) - r(x, y_rejected))
 

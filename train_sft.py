@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on reference summaries: stage 1.
+r"""Supervised fine-tuning on reference summaries: stage 1.
 
     loss = - mean over tokens of log pi(token | what came before)
 
