@@ -1,17 +1,18 @@
-"""REINFORCE leave-one-out with a KL, maximum-entropy or minimum-entropy reward: stage 3, and the paper's experiment
-(4.1 and 4.2 of "Failure Modes of Maximum Entropy RLHF", arXiv 2509.20265).
+r"""REINFORCE leave-one-out with a KL, maximum-entropy or minimum-entropy reward: stage 3, and the experiment
+of "Failure Modes of Maximum Entropy RLHF" (arXiv 2509.20265, 4.1 and 4.2).
 
-    r(x, y) = r_phi(x, y) + sum of coefficient x term                --reward=kl:0.05+maxent_length:0.1
-        kl        -(log pi(y|x) - log pi_ref(y|x))    section 4.1    maxent_length  -(1/|y|) log pi(y|x)  eq. 7
-        maxent    -log pi(y|x)                        eq. 6          minent_length  +(1/|y|) log pi(y|x)  4.2.1
-    A_i  = r_i - mean of the other K-1 rewards of the same prompt                 RLOO, arXiv 2402.14740
-    loss = mean over sequences of max(-A rho, -A clip(rho, 1-eps, 1+eps)),  rho = pi(y|x) / pi_old(y|x), as in TRL
+    r(x, y) = r_phi(x, y) + sum of coefficient x term             --reward=kl:0.05+maxent_length:0.1
+        kl       -(log pi(y|x) - log pi_ref(y|x))   4.1     maxent_length  -(1/|y|) log pi(y|x)   eq. 7
+        maxent   -log pi(y|x)                       eq. 6   minent_length  +(1/|y|) log pi(y|x)   4.2.1
+    A_i  = r_i - mean of the other K-1 rewards of the same prompt              RLOO, arXiv 2402.14740
+    loss = mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)), rho = pi(y|x) / pi_old(y|x) per sequence (TRL)
 
-Leaves out: a value function. Next to open: rlhf/forward.py, rlhf/rewards.py, rlhf/policy.py.
-    CPU, toy world:  python train_rloo.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm
-                         --reward=kl --out_dir=out/toy/rloo --lr=3e-4 --k=4 --batch_size=128 --episodes=12800
-                         --ppo_epochs=1 --temperature=1      (half a minute; kl about 1.6; gold up to 0.2, then 0.1)
-    GPU, Pythia 1B:  bash runs/paper_1b.sh                   (published win rate about 51 %)
+Leaves out: a value function. To read beside it: rlhf/forward.py, rlhf/rewards.py, rlhf/policy.py.
+CPU, toy world (half a minute; kl about 1.6; gold up to 0.2, then 0.1):
+    python train_rloo.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm \
+        --out_dir=out/toy/rloo --reward=kl:0.05 --lr=3e-4 --k=4 --batch_size=128 --episodes=12800 \
+        --ppo_epochs=1 --temperature=1
+GPU, Pythia 1B (published win rate about 51 %): bash runs/paper_1b.sh
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from math import ceil
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -50,13 +52,13 @@ class Config:
     resume: bool = False  # continue the newest checkpoint of out_dir
     overwrite: bool = False  # replace an existing run in out_dir
     # reward
-    reward: str = "kl"  # terms with their coefficients, joined by '+': kl, maxent (eq. 6), maxent_length (eq. 7),
-    #                     minent_length; a term without a coefficient has 0.05, the score (score:1) is always there
-    missing_eos: Literal["replace", "subtract", "none"] = "replace"  # a response without EOS: its score becomes
-    #                     -penalty (as in summarize_from_feedback_details), or loses penalty, or stays
+    reward: str = "kl"  # terms with coefficients, joined by '+': kl, maxent (eq. 6), maxent_length (eq. 7),
+    #   minent_length; a term without a coefficient has 0.05; the score is always there, with 1 (or score:0)
+    missing_eos: Literal["replace", "subtract", "none"] = "replace"
+    #   the score of a response without EOS becomes -penalty, or loses penalty, or stays
     missing_eos_penalty: float = 1.0  # size of that penalty
-    invalid_logprob_fill: float | None = None  # ablation: sum padded log-probs as if they held this number
-    #                     (TRL: 1.0) instead of masking them
+    invalid_logprob_fill: float | None = None
+    #   ablation: sum padded log-probs as if they held this number (TRL: 1.0) instead of masking them
     # algorithm
     k: int = 2  # responses per prompt, at least 2
     advantage: str = "rloo"  # rloo (leave-one-out) or grpo (divided by the group's standard deviation)
@@ -69,7 +71,7 @@ class Config:
     response_tokens: int = 0  # longest response (0 = what the data says; 53 for TL;DR)
     # optimization
     lr: float = 1e-6  # peak learning rate
-    schedule: Literal["cosine", "linear", "constant"] = "linear"  # after warm-up, towards 0 after the last update
+    schedule: Literal["cosine", "linear", "constant"] = "linear"  # after warm-up; would be 0 one update later
     warmup: float = 0.0  # share of the updates with a rising learning rate
     weight_decay: float = 0.0  # AdamW, on all parameters
     adam_eps: float = 1e-5  # AdamW epsilon
@@ -81,12 +83,12 @@ class Config:
     # system
     seed: int = 1  # prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA,
-    #                     float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
-    micro_batch_tokens: int = 8192  # tokens in one forward and backward; changes memory and speed, not the result
+    micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
-    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, a third more time
+    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
 
 
 def check(cfg: Config) -> None:
@@ -94,14 +96,27 @@ def check(cfg: Config) -> None:
         raise UserError(f"--advantage={cfg.advantage}: known are {', '.join(ADVANTAGES)}")
     if cfg.k < 2:
         raise UserError(f"--k={cfg.k}: the leave-one-out baseline needs at least 2 responses per prompt")
-    if not 0 < cfg.top_p <= 1 or cfg.temperature <= 0:
-        raise UserError(f"--top_p={cfg.top_p} must be above 0 and at most 1, --temperature={cfg.temperature} above 0")
+    if not 0 < cfg.top_p <= 1:
+        raise UserError(f"--top_p={cfg.top_p} must be above 0 and at most 1")
+    if cfg.temperature <= 0:
+        raise UserError(f"--temperature={cfg.temperature} must be above 0")
     if cfg.batch_size % cfg.k:
         raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
 
 
-def batch_metrics(batch: dict[str, torch.Tensor], ended: torch.Tensor, coefficients: dict[str, float]) -> dict[str, float]:
-    """What is logged of a rollout and its scoring; README, "Every metric of RLOO". batch: (N, K, R) or (N, K) each."""
+def policy_gradient(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float, sequences: int,
+) -> dict[str, Tensor]:
+    """Backward of the mean loss over `sequences`; what is logged of each of these, (n, K)."""
+    losses, stats = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip)  # (n, K)
+    (losses.sum() / sequences).backward()
+    approxkl = k2(seq_logprobs(old_logprobs, mask), seq_logprobs(logprobs.detach(), mask))  # (n, K)
+    squares = stats["ratio"] ** 2  # (n, K)
+    return {**stats, "loss": losses.detach(), "approxkl": approxkl, "ratio_square": squares}
+
+
+def rollout_metrics(batch: dict[str, Tensor], coefficients: dict[str, float]) -> dict[str, float]:
+    """What is logged of a scored rollout, (N, K, R) or (N, K) each; README, "Every metric of RLOO"."""
     mask, logprobs, ref_logprobs = batch["mask"], batch["old_logprobs"], batch["ref_logprobs"]
     terms = {name: batch[name].mean().item() for name in coefficients if name != "score"}
     return {
@@ -119,21 +134,23 @@ def batch_metrics(batch: dict[str, torch.Tensor], ended: torch.Tensor, coefficie
         "surprisal": -masked_mean(logprobs.flatten(), mask.flatten()).item(),
         "length_normalized_surprisal": -masked_mean(logprobs, mask).mean().item(),
         "response_length": mask.sum(-1).double().mean().item(),
-        "eos_share": ended.double().mean().item(),
+        "eos_share": batch["ended"].double().mean().item(),
     }
 
 
+def sequence_means(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over all sequences of a pass, from its micro-batches."""
+    return {key: torch.cat([part[key] for part in parts]).double().mean().item() for key in parts[0]}
+
+
 def update_metrics(passes: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the passes of one update."""
+    """What is logged of the passes of one update: means over them."""
     average = {key: mean([p[key] for p in passes]) for key in passes[0]}
     return {
         "kl_prev/approxkl_avg": average["approxkl"],
         "kl_prev/approxkl_last": passes[-1]["approxkl"],
-        "loss": average["loss"],
-        "clipfrac": average["clipfrac"],
-        "ratio": average["ratio"],
         "ratio_var": average["ratio_square"] - average["ratio"] ** 2,
-        "grad_norm": average["grad_norm"],
+        **{key: average[key] for key in ("loss", "clipfrac", "ratio", "grad_norm")},
     }
 
 
@@ -142,10 +159,12 @@ def main(cfg: Config) -> dict:
     device = setup(cfg.seed, cfg.device)
     coefficients = parse_reward(cfg.reward)
     N = cfg.batch_size // cfg.k  # prompts per update
-    R = cfg.response_tokens or read_meta(cfg.data_dir)["response_tokens"]  # longest response
+    meta = read_meta(cfg.data_dir)
+    R = cfg.response_tokens or meta["response_tokens"]  # longest response
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
-    data = read_table(cfg.data_dir, "sft_train", ["query_token"] + ["facts"] * (true_reward is not None))
+    columns = ["query_token", "facts"] if true_reward else ["query_token"]
+    data = read_table(cfg.data_dir, "sft_train", columns)
     valid = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)
     out = Run(cfg, total)
     if out.finished:
@@ -155,35 +174,26 @@ def main(cfg: Config) -> dict:
     policy = load(cfg.model)
     reference = frozen(load(cfg.ref_model or cfg.model))
     reward_model = frozen(load(cfg.reward_model, head="score"))
-    models = {cfg.model: policy, cfg.ref_model or cfg.model: reference, cfg.reward_model: reward_model}
-    for name, model in models.items():
-        check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
+    models = [(policy, cfg.model), (reference, cfg.ref_model or cfg.model), (reward_model, cfg.reward_model)]
+    for model, name in models:
+        own = load_tokenizer(name, cfg.revision)
+        check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
+    context = policy.config.max_position_embeddings
+    check_context(cfg.data_dir, context, ("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R))
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()
-        for model in (policy, reference, reward_model):
+        for model, _ in models:
             compile_layers(model)
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    context = policy.config.max_position_embeddings
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)
+    learn = partial(policy_gradient, clip=cfg.clip, sequences=cfg.batch_size)
+    objective = " + ".join(f"{coefficient:g} {name}" for name, coefficient in coefficients.items())
     parameters = sum(p.numel() for p in policy.parameters())
-    print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; {len(data['query_token'])} prompts; "
-          f"reward: {' + '.join(f'{c:g} {name}' for name, c in coefficients.items())}; "
-          f"{parameters / 1e6:.2f}M parameters on {device}")
-
-    def learn(logprobs, old_logprobs, advantages, mask) -> dict[str, torch.Tensor]:
-        """Backward of the mean loss of the batch; what is logged of each of these sequences, (n, K)."""
-        losses, stats = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cfg.clip)  # (n, K)
-        (losses.sum() / cfg.batch_size).backward()
-        approxkl = k2(seq_logprobs(old_logprobs, mask), seq_logprobs(logprobs.detach(), mask))  # (n, K)
-        return {"loss": losses.detach(), "approxkl": approxkl, "ratio_square": stats["ratio"].double() ** 2, **stats}
-
-    def apply_gradient(parts: list[dict[str, torch.Tensor]], step: int) -> dict[str, float]:
-        """One optimizer step; the means over the sequences of its pass."""
-        means = {key: torch.cat([part[key] for part in parts]).double().mean().item() for key in parts[0]}
-        return means | {"grad_norm": optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)}
+    print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; reward: {objective}; "
+          f"{len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on {device}")
 
     for step in range(out.begin(policy, optimizer, generator), total):
         timer = Timer(device)
@@ -194,16 +204,17 @@ def main(cfg: Config) -> dict:
         rows = batch_indices(len(data["query_token"]), N, step, cfg.seed)
         prompts = [data["query_token"][i] for i in rows]
         responses, ended = generate_all(
-            policy, prompts, cfg.k, R, batch=cfg.rollout_prompts,
-            temperature=cfg.temperature, top_p=cfg.top_p, generator=generator,
+            policy, prompts, cfg.k, R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
+            top_p=cfg.top_p, generator=generator,
         )
+        ended = ended.to(device)  # (N, K)
         slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("rollout")
 
-        # The policy that scores is the one that sampled, so its scoring forward is also its first learning forward.
+        # The policy that scores is the one that sampled: its scoring forward is the first learning forward.
         scored, learnt = [], []
         for s in slices:
-            # 2. scoring: reward, and log-probs under policy and reference by a forward (not from sampling)
+            # 2. scoring: reward, and log-probs under policy and reference by a forward, not from sampling
             groups = pack_rows(prompts[s], responses[s])
             mask = groups.response_mask  # (n, K, R)
             raw_scores = response_scores(reward_model, groups)  # (n, K)
@@ -211,63 +222,70 @@ def main(cfg: Config) -> dict:
             old_logprobs = stats.logprobs.detach()
 
             # 3. reward and advantage: constants, the KL and entropy terms included
-            scores = missing_eos(raw_scores, ended[s].to(device), rule=cfg.missing_eos, penalty=cfg.missing_eos_penalty)
+            scores = missing_eos(raw_scores, ended[s], rule=cfg.missing_eos, penalty=cfg.missing_eos_penalty)
             rewards, terms = rlhf_reward(
                 scores, old_logprobs, stats.ref_logprobs, mask, coefficients, cfg.invalid_logprob_fill
-            )  # (n, K)
+            )  # (n, K) each
             advantages = ADVANTAGES[cfg.advantage](rewards)  # (n, K)
             scored.append({
-                "mask": mask, "old_logprobs": old_logprobs, "ref_logprobs": stats.ref_logprobs,
-                "entropy": stats.entropy.detach(), "kl_full": stats.kl, "raw_scores": raw_scores, "scores": scores,
-                "rewards": rewards, "advantages": advantages, **terms,
+                "ended": ended[s], "mask": mask, "old_logprobs": old_logprobs,
+                "ref_logprobs": stats.ref_logprobs, "entropy": stats.entropy.detach(), "kl_full": stats.kl,
+                "raw_scores": raw_scores, "scores": scores, "rewards": rewards, "advantages": advantages,
+                **terms,
             })
             timer.lap("scoring")
             learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask))
             timer.lap("update")
-
-        # 4. update: one optimizer step per pass; after the first, each pass runs the new policy on the same responses
-        passes = [apply_gradient(learnt, step)]
-        batch = {key: torch.cat([part[key] for part in scored]) for key in scored[0]}  # (N, K, R) or (N, K)
+        batch = {key: torch.cat([part[key] for part in scored]) for key in scored[0]}  # (N, K, ...)
         old_logprobs, mask = batch["old_logprobs"], batch["mask"]
-        for _ in range(1, cfg.ppo_epochs):
-            learnt = []
-            for s in slices:
-                logprobs = token_stats(policy, pack_rows(prompts[s], responses[s]), cfg.temperature).logprobs
-                learnt.append(learn(logprobs, old_logprobs[s], batch["advantages"][s], mask[s]))
-            passes.append(apply_gradient(learnt, step))
+
+        # 4. update: one optimizer step per pass; the later passes run the new policy on the same responses
+        passes = []
+        for epoch in range(cfg.ppo_epochs):
+            if epoch > 0:
+                learnt = []
+                for s in slices:
+                    groups = pack_rows(prompts[s], responses[s])
+                    logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
+                    learnt.append(learn(logprobs, old_logprobs[s], batch["advantages"][s], mask[s]))
+            means = sequence_means(learnt)
+            means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
+            passes.append(means)
         timer.lap("update")
 
         # 5. how far did the update go? log-probs of a quarter of the rollout under the new weights
         quarter = slice(max(1, N // 4))
+        some_prompts, some_responses = prompts[quarter], responses[quarter]
         with torch.no_grad():
             moved = torch.cat([
-                token_stats(policy, pack_rows(prompts[quarter][s], responses[quarter][s]), cfg.temperature).logprobs
-                for s in micro_batches(prompts[quarter], responses[quarter], cfg.micro_batch_tokens)
-            ])  # (quarter, K, R)
-        before, kept = old_logprobs[quarter], mask[quarter]
+                token_stats(policy, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
+                for s in micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens)
+            ])  # (N / 4, K, R)
         timer.lap("drift")
 
         metrics = {
             "episode": (step + 1) * cfg.batch_size,
-            **batch_metrics(batch, ended, coefficients),
+            **rollout_metrics(batch, coefficients),
             **update_metrics(passes),
-            "kl_prev/k1": masked_sum(k1(before, moved), kept).mean().item(),
-            "kl_prev/k3": masked_sum(k3(before, moved), kept).mean().item(),
+            "kl_prev/k1": masked_sum(k1(old_logprobs[quarter], moved), mask[quarter]).mean().item(),
+            "kl_prev/k3": masked_sum(k3(old_logprobs[quarter], moved), mask[quarter]).mean().item(),
             "lr": lr,
         }
         if true_reward:
             facts = [data["facts"][i] for i in rows for _ in range(cfg.k)]
-            metrics["gold"] = mean(true_reward(facts, texts_of(tokenizer, responses), ended.flatten().tolist()))
+            texts = texts_of(tokenizer, responses)
+            metrics["gold"] = mean(true_reward(facts, texts, ended.flatten().tolist()))
         metrics |= timer.metrics(tokens=mask.sum().item(), rollout=1, scoring=1, update=cfg.ppo_epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "entropy", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)
 
-    samples, ended = generate_all(
+    greedy, ended = generate_all(
         policy, valid["query_token"], 1, R, batch=cfg.rollout_prompts, progress="greedy samples"
     )
-    quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, samples, ended, true_reward)
-    last = {key: metrics[key] for key in ("scores", "rlhf_reward", "kl", "entropy")} if total > out.start else {}
-    return out.finish(policy, tokenizer, {**last, **quality})
+    result = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, true_reward)
+    if total > out.start:
+        result |= {key: metrics[key] for key in ("scores", "rlhf_reward", "kl", "entropy")}
+    return out.finish(policy, tokenizer, result)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from data.gold import gold
 from rlhf.common import adamw, frozen, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_distinct, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_context, check_distinct, check_tokenizer, read_meta, read_table
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -127,6 +127,11 @@ def main(cfg: Config) -> dict:
     for name, model in models.items():
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
+    context = policy.config.max_position_embeddings
+    check_context(
+        cfg.data_dir, context, ("rankings_train" if cfg.loss in RANKED else "pairs_train", cfg.train_rows, 0),
+        ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
+    )
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()
@@ -139,7 +144,7 @@ def main(cfg: Config) -> dict:
 
     def batch_loss(prompts: list, responses: list) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Losses (n,) of these groups, and what is logged of each, (n,)."""
-        groups = pack(prompts, responses, max_positions=policy.config.max_position_embeddings, device=device)
+        groups = pack(prompts, responses, max_positions=context, device=device)
         mask = groups.response_mask  # (n, K, R)
         stats = token_stats(policy, groups, mean_logits=True)  # (n, K, R) each
         ref_logprobs = token_stats(reference, groups).logprobs if reference else None  # (n, K, R)

@@ -2,7 +2,8 @@
 
 A prompt that is too long loses its post from the end: at the last newline, and where there is none one character at a time, until it
 fits. Responses are the tokens that follow the prompt in the tokenised joined text; they are never cut: what exceeds N+'s caps is counted.
-One difference: `<|endoftext|>` written out in a post or a summary is text, not the end of one.
+One difference: `<|endoftext|>` written out in a post or a summary is text and counted; N+ reads it as the end (token 0).
+The CNN/DM batches batch0_cnndm and cnndm0 are the same 437 rows upstream: kept twice as in N+, once with --cnndm_once.
 A source directory has tldr_3_filtered/{train,validation,test} and comparisons/{train,validation}, each .parquet or .jsonl.
 
     python data/tldr.py --out_dir=out/tldr/data
@@ -51,6 +52,7 @@ class Task:
 TLDR = Task("SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:", "post", 512, 169)
 CNNDM = Task("Article:\n{article}\n\nTL;DR:\n", "article", 2047 - 128, 155)
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
+SAME_BATCHES = ("batch0_cnndm", "cnndm0")  # upstream the same rows under two names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class Config:
     # rows
     max_prompt_tokens: int = 512                     # of a TL;DR prompt (a CNN/DM prompt has 1919)
     limit: int = 0                                   # rows of each table, 0 = all
+    cnndm_once: bool = False                         # leave out CNN/DM pairs that batch0_cnndm and cnndm0 both have (N+ counts them twice)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ source
@@ -105,22 +108,28 @@ def read_rows(files: list[Path], title: str) -> Iterator[dict]:
             raise UserError(f"{file}: no rows")
 
 
-def value(row: dict, column: str, kind: type):
-    """row["a"][0]["b"] for the column "a.0.b"."""
+def value(row: dict, column: str, kind: type, default: str | int | None = None):
+    """row["a"][0]["b"] for the column "a.0.b". With a default it may be missing or null."""
     item = row
     for key in column.split("."):
         item = {str(i): x for i, x in enumerate(item)} if isinstance(item, list) else item
         if not isinstance(item, dict) or key not in item:
+            if default is not None:
+                return default
             raise UserError(f"{row['where']}: no column {column!r}")
         item = item[key]
+    if item is None and default is not None:
+        return default
     if not isinstance(item, kind):
-        raise UserError(f"{row['where']}: column {column!r} is {str(item)[:40]!r}, which is no {kind.__name__}")
+        shown = "null" if item is None else repr(str(item)[:40])
+        raise UserError(f"{row['where']}: column {column!r} is {shown}, which is no {kind.__name__}")
     return item
 
 
 def prompt_of(row: dict, prefix: str, task: Task) -> dict:
+    """What the template names must be there; an id need not (five rows of the batch edit_b2_eval_test have none)."""
     fields = {name: value(row, prefix + name, str) for name in re.findall(r"{(\w+)}", task.template)}
-    return {"id": value(row, f"{prefix}id", str), "task": task, "fields": fields, "where": row["where"]}
+    return {"id": value(row, f"{prefix}id", str, ""), "task": task, "fields": fields, "where": row["where"]}
 
 
 def sft_row(row: dict, task: Task) -> dict:
@@ -128,19 +137,19 @@ def sft_row(row: dict, task: Task) -> dict:
 
 
 def pair_row(row: dict, task: Task) -> dict:
+    """`batch` must be there, it decides the template. Site, worker, notes and the article of a Reddit post are not read."""
     batch, choice, summaries = value(row, "batch", str), value(row, "choice", int), value(row, "summaries", list)
     if choice not in (0, 1) or len(summaries) != 2:
         raise UserError(f"{row['where']}: column 'choice' is {choice} of {len(summaries)} summaries, expected 0 or 1 of two")
-    unknown = value(row, "extra", dict).get("confidence") is None
     return {
         **prompt_of(row, "info.", CNNDM if batch in CNNDM_BATCHES else task),
         "chosen": value(row, f"summaries.{choice}.text", str),
         "rejected": value(row, f"summaries.{1 - choice}.text", str),
-        "chosen_policy": value(row, f"summaries.{choice}.policy", str),
-        "rejected_policy": value(row, f"summaries.{1 - choice}.policy", str),
+        "chosen_policy": value(row, f"summaries.{choice}.policy", str, ""),
+        "rejected_policy": value(row, f"summaries.{1 - choice}.policy", str, ""),
         "batch": batch,
-        "split": value(row, "split", str),
-        "confidence": -1 if unknown else value(row, "extra.confidence", int),
+        "split": value(row, "split", str, ""),
+        "confidence": value(row, "extra.confidence", int, -1),
     }
 
 
@@ -254,7 +263,9 @@ def add_tokens(tokenizer: Tokenizer, rows: list[dict], counts: Counter) -> list[
     counts["prompts_cut"] += sum(map(bool, lost))
     counts["posts_cut_to_nothing"] += sum(n > 0 and n == len(row["fields"][row["task"].field]) for n, row in zip(lost, rows))
     counts["longest_prompt"] = max(counts["longest_prompt"], *map(len, query_tokens))
-    for name in [name for name in ("reference_response", "chosen", "rejected") if name in rows[0]]:
+    responses = [name for name in ("reference_response", "chosen", "rejected") if name in rows[0]]
+    counts["eos_in_text"] += sum(EOS in query + "".join(row[name] for name in responses) for row, query in zip(rows, queries))
+    for name in responses:
         tokens, apart = make_responses(tokenizer, queries, query_tokens, [row[name] for row in rows])
         caps = [SFT_CAP if name == "reference_response" else row["task"].pair_cap for row in rows]
         counts["tokenised_apart"] += apart
@@ -290,18 +301,26 @@ def write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def select(rows: Iterable[dict], cnndm: bool | None, ties: list[str]) -> Iterator[dict]:
-    """Only CNN/DM rows, only others, or (None) all. Pairs of two equal texts are dropped and their ids put into `ties`.
+def select(rows: Iterable[dict], cnndm: bool | None, once: bool, counts: Counter) -> Iterator[dict]:
+    """Only CNN/DM rows, only others, or (None) all.
 
-    N+ keeps them: they give no gradient, and count as wrong in every accuracy.
+    Counts and drops `ties`, pairs of two equal texts. N+ keeps them: they give no gradient, and count as wrong in every accuracy.
+    Counts as `repeated` the pairs that the other of SAME_BATCHES had before, and drops them if `once`.
     """
+    seen = {}  # {content: the batch that had it first}
     for row in rows:
         if cnndm is not None and cnndm != (row["task"] is CNNDM):
             continue
         if "chosen" in row and row["chosen"] == row["rejected"]:
-            ties.append(row["id"])
-        else:
-            yield row
+            counts["ties"] += 1
+            continue
+        if row.get("batch") in SAME_BATCHES:
+            content = row["fields"]["article"], row["chosen"], row["rejected"]
+            again = seen.setdefault(content, row["batch"]) != row["batch"]
+            counts["repeated"] += again
+            if again and once:
+                continue
+        yield row
 
 
 def main(cfg: Config) -> None:
@@ -313,27 +332,35 @@ def main(cfg: Config) -> None:
     plan = [(f"sft_{split}", "tldr_3_filtered", split, sft_row, None) for split in ("train", "validation", "test")]
     plan += [("pairs_train", "comparisons", "train", pair_row, None), ("pairs_validation", "comparisons", "validation", pair_row, False)]
     plan += [("pairs_validation_cnndm", "comparisons", "validation", pair_row, True)]
+    makers = {name: partial(make_row, task=task) for name, _, _, make_row, _ in plan}
     files = {name: find_files(cfg.source, folder, split) for name, folder, split, _, _ in plan}
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
+    for name in list(files)[:-1]:  # a bad row is named now, not after hours; the last table reads the files of the one before
+        for row in read_rows(files[name], f"checking {name}"):
+            makers[name](row)
     out.mkdir(parents=True, exist_ok=True)
     for old in [path for kind in ("meta.json", "sft_*.parquet", "pairs_*.parquet", "rankings_*.parquet") for path in out.glob(kind)]:
         old.unlink()  # a directory without meta.json is unfinished, and no table of another run stays
 
     tables = {}
     for name, _, _, make_row, cnndm in plan:
-        ties: list[str] = []
+        selected = Counter(dict.fromkeys(("ties", "repeated"), 0)) if make_row is pair_row else Counter()
         source = read_rows(files[name], name)
-        rows = select(map(partial(make_row, task=task), source), cnndm, ties)
+        rows = select(map(makers[name], source), cnndm, cfg.cnndm_once, selected)
         counts = write_table(out / f"{name}.parquet", islice(rows, cfg.limit or None), tokenizer)
         source.close()  # with --limit it is not at its end
         if counts["rows"]:
-            tables[name] = {**counts, **({"ties": len(ties)} if make_row is pair_row else {})}
+            tables[name] = {**counts, **selected}
             print(f"{name:24}", ", ".join(f"{key} {number}" for key, number in tables[name].items()))
         else:
             print(f"{name:24} no rows, no table")
-    over, equal = (sum(counts.get(key, 0) for counts in tables.values()) for key in ("responses_over_cap", "ties"))
+    kinds = ("responses_over_cap", "ties", "eos_in_text", "repeated")
+    over, equal, written, repeated = (sum(counts.get(key, 0) for counts in tables.values()) for key in kinds)
     print(f"{over} responses are longer than N+'s caps ({SFT_CAP} sft, {TLDR.pair_cap} pairs, {CNNDM.pair_cap} CNN/DM): kept whole")
     print(f"{equal} pairs of two equal texts: dropped (N+ keeps them)")
+    print(f"{written} rows with {EOS} in a text: kept as text (N+ reads token 0, the end)")
+    kept = "dropped" if cfg.cnndm_once else "kept, as in N+; --cnndm_once drops them"
+    print(f"{repeated} pairs in both of the CNN/DM batches {' and '.join(SAME_BATCHES)}: {kept}")
     write(out / "tokenizer.json", tokenizer_file)
     result = {
         "world": "tldr",

@@ -23,7 +23,6 @@ from rlhf.groups import micro_batches, pack
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.summaries import Post, Summary, gold_scores
 
-
 Judge = Callable[[list[Post], list[Summary], list[Summary]], list[float]]
 
 
@@ -91,13 +90,16 @@ def parse_judges(text: str) -> list[str]:
 def agreement(judge: Judge, posts: list[Post], chosen: list[Summary], rejected: list[Summary]) -> dict[str, float | int | bool | None]:
     """How often a judge prefers what a person chose (ties half), beside "the longer one wins" on the same pairs.
 
+    Longer by tokens or by characters (`longer_by`), whichever people chose more often: to take the longer in one unit is to beat the other.
     `beats_length` is False unless the paired 95 % interval of the difference lies above 0: such a judge knows no more than a ruler.
     """
     preferences = judge(posts, chosen, rejected)
-    longer = [0.5 if len(c.tokens) == len(r.tokens) else float(len(c.tokens) > len(r.tokens)) for c, r in zip(chosen, rejected)]
-    longer = [math.nan if math.isnan(p) else ruler for p, ruler in zip(preferences, longer)]
-    share, ruler, over = win_rate(preferences), win_rate(longer), paired_bootstrap(longer, preferences)
+    sizes = {"tokens": lambda s: len(s.tokens), "characters": lambda s: len(s.text)}
+    longer = {unit: [math.nan if math.isnan(p) else 0.5 if size(c) == size(r) else float(size(c) > size(r))
+                     for p, c, r in zip(preferences, chosen, rejected)] for unit, size in sizes.items()}
+    unit = max(longer, key=lambda unit: win_rate(longer[unit])["win_rate"] or 0.0)
+    share, ruler, over = win_rate(preferences), win_rate(longer[unit]), paired_bootstrap(longer[unit], preferences)
     return {"agreement": share["win_rate"], "agreement_low": share["win_rate_low"], "agreement_high": share["win_rate_high"],
-            "pairs": share["judged"], "unjudged": share["unjudged"], "longer_wins": ruler["win_rate"],
+            "pairs": share["judged"], "unjudged": share["unjudged"], "longer_wins": ruler["win_rate"], "longer_by": unit,
             "over_longer": over["difference"], "over_longer_low": over["difference_low"], "over_longer_high": over["difference_high"],
             "beats_length": bool(over["paired"]) and over["difference_low"] > 0}

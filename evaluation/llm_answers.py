@@ -44,10 +44,10 @@ DECORATION = re.compile(r"[*_`\"'“”‘’]")
 
 def parse_verdict(answer: str) -> str | None:
     """"A", "B" or "tie" if the answer's `Preferred:` line, or the whole answer, says that and nothing else, give or take quotes, stars,
-    brackets and a full stop. None for everything else: more words, no verdict, two different ones."""
+    brackets, a full stop and the word "Summary" before it. None for everything else: more words, no verdict, two different ones."""
     plain = DECORATION.sub("", answer)
     found = re.findall(r"preferred\s*:\s*([^\n]*)", plain, re.IGNORECASE) or [plain]
-    verdicts = {text.strip(" \t\r\n.<>()[]") for text in found}
+    verdicts = {re.sub(r"^\W*summary\b", "", text, flags=re.IGNORECASE).strip(" \t\r\n.<>()[]") for text in found}
     verdict = verdicts.pop() if len(verdicts) == 1 else ""
     return verdict if verdict in ("A", "B") else "tie" if verdict.lower() == "tie" else None
 

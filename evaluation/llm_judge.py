@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from rlhf.config import RunError, UserError
 from evaluation.llm_answers import AnswerCache, Budget, fill, parse_verdict, read_template
+from rlhf.config import RunError, UserError
 
 KEY = "OPENAI_API_KEY"
 TRIES = 8  # of one request, with waits of about 1, 2, 4, ... 60 seconds between them
@@ -47,7 +47,9 @@ class LLMJudge:
         if judge_concurrency < 1 or judge_timeout <= 0 or judge_max_tokens < 1:
             raise UserError("--judge_concurrency, --judge_timeout and --judge_max_tokens must be at least 1")
         self.openai, self.model, self.url, self.order, self.seed = openai, judge_model, judge_url, judge_order, seed
-        local = urlsplit(judge_url).hostname in ("localhost", "127.0.0.1", "::1")
+        url = urlsplit(judge_url)
+        local = url.hostname in ("localhost", "127.0.0.1", "::1")
+        self.place = url._replace(netloc=url.hostname).geturl() if local else judge_url  # a local server may come back on another port
         self.key = os.environ.get(KEY, "")
         if not self.key and not local:
             raise UserError(f"--judge=llm: put the key of {judge_url} into the environment variable {KEY}")
@@ -87,7 +89,7 @@ class LLMJudge:
         return {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": self.max_tokens}
 
     def key_of(self, body: dict) -> str:
-        return hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.place, body], sort_keys=True).encode()).hexdigest()
 
     def answers(self, posts: list, summaries_a: list, summaries_b: list) -> list[list[tuple[str, bool]]]:
         """Per pair its answers, each with whether A was shown first; asks what the cache does not hold."""

@@ -75,18 +75,21 @@ def by_length(preferences: list[float], lengths: list[int], reference_lengths: l
             for low, high in BUCKETS]
 
 
-def length_controlled(preferences: list[float], lengths: list[int], reference_lengths: list[int]) -> dict[str, float | None]:
+def length_controlled(preferences: list[float], lengths: list[int], reference_lengths: list[int]) -> dict[str, float | bool | None]:
     """The win rate that would be left if summary and reference were equally long, with its 95 % interval; and what length does.
 
     logit P(win) = a + b tanh(d / sd(d)),  d = length - reference length;   win rate at equal length = sigmoid(a)
 
     AlpacaEval 2's fit (arXiv 2404.04475) without its term for the difficulty of an instruction, which takes many models to estimate.
     `length_effect` is b: above 0, being longer helps. A weak ridge (0.01 on a, 1 on b) keeps the fit finite where length, or everything,
-    separates wins from losses.
+    separates wins from losses. `lc_extrapolated`: one side is, in the mean, longer by half or more. Then few pairs if any are equally
+    long, and the number comes from the shape of the formula more than from what was judged.
     """
     kept = [(p, own - other) for p, own, other in zip(preferences, lengths, reference_lengths, strict=True) if p == p]
     if not kept:
-        return {"lc_win_rate": None, "lc_win_rate_low": None, "lc_win_rate_high": None, "length_effect": None}
+        return {"lc_win_rate": None, "lc_win_rate_low": None, "lc_win_rate_high": None, "length_effect": None,
+                "lc_extrapolated": None}
+    own, other = (math.fsum(side[i] for i, p in enumerate(preferences) if p == p) for side in (lengths, reference_lengths))
     y, d = torch.tensor(kept, dtype=torch.float64).unbind(1)  # (n,)
     spread = d.std(correction=0)
     x = torch.tanh(d / spread) if spread > 0 else torch.zeros_like(d)
@@ -103,7 +106,7 @@ def length_controlled(preferences: list[float], lengths: list[int], reference_le
     half = Z * torch.linalg.inv(curvature)[0, 0].sqrt()
     middle, low, high = (weights[0] + half * k for k in (0, -1, 1))
     return {"lc_win_rate": middle.sigmoid().item(), "lc_win_rate_low": low.sigmoid().item(), "lc_win_rate_high": high.sigmoid().item(),
-            "length_effect": weights[1].item()}
+            "length_effect": weights[1].item(), "lc_extrapolated": max(own, other) >= 1.5 * min(own, other)}
 
 
 def position_bias(verdicts: list[list[str]]) -> dict[str, float | int | None]:

@@ -22,8 +22,8 @@ import types
 import typing
 
 FIELD = re.compile(r"^    (\w+)\s*:\s*[^#]*?(?:#\s*(.*))?$")
-SECTION = re.compile(r"^    #\s*(.*)$")
-CONTINUED = re.compile(r"^     +#\s*(.*)$")
+SECTION = re.compile(r"^    # ?(\S.*)$")
+CONTINUED = re.compile(r"^    (?:#  +| +# *)(\S.*)$")
 
 
 class UserError(Exception):
@@ -41,7 +41,7 @@ def field_help(cls: type) -> dict[str, tuple[str, str]]:
         if match := SECTION.match(line):
             section = match[1]
         elif (match := CONTINUED.match(line)) and field:
-            help_of[field] = (section, f"{help_of[field][1]} {match[1]}")
+            help_of[field] = (section, f"{help_of[field][1]} {match[1]}".strip())
         elif (match := FIELD.match(line)) and match[1] in cls.__dataclass_fields__:
             field = match[1]
             help_of[field] = (section, match[2] or "")

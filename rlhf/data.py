@@ -4,6 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer
@@ -21,6 +24,12 @@ def read_meta(data_dir: str) -> dict:
 
 def read_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> dict[str, list]:
     """Columns of `<data_dir>/<name>.parquet` as lists; limit 0 = all rows. Raises UserError for a missing file or column and for an empty table."""
+    table = open_table(data_dir, name, columns, limit)
+    return {c: table[c].to_pylist() for c in columns}
+
+
+def open_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> pa.Table:
+    """What `read_table` reads, before it becomes lists."""
     path = Path(data_dir) / f"{name}.parquet"
     if not path.exists():
         have = ", ".join(sorted(p.stem for p in Path(data_dir).glob("*.parquet"))) or "none"
@@ -37,11 +46,12 @@ def read_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> 
     table = table.slice(0, limit) if limit else table
     if not len(table):
         raise UserError(f"{path}: the table is empty")
-    return {c: table[c].to_pylist() for c in columns}
+    return table
 
 
 def has_column(data_dir: str, name: str, column: str) -> bool:
-    return column in pq.read_schema(Path(data_dir) / f"{name}.parquet").names
+    path = Path(data_dir) / f"{name}.parquet"
+    return path.exists() and column in pq.read_schema(path).names
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -81,3 +91,31 @@ def check_distinct(data_dir: str, name: str, table: dict[str, list]) -> None:
     equal = [i for i, (c, r) in enumerate(zip(table["chosen_token"], table["rejected_token"])) if c == r]
     if equal:
         raise UserError(f"{data_dir}/{name}.parquet: chosen equals rejected in {len(equal)} rows, the first is row {equal[0]}; drop them")
+
+
+RESPONSES = ("reference_response_token", "chosen_token", "rejected_token", "responses_token")
+
+
+def token_counts(column: pa.ChunkedArray) -> np.ndarray:
+    """Tokens of each row (rows,); of its longest response where a row has several."""
+    if pa.types.is_nested(column.type.value_type):
+        return np.array([max(map(len, row), default=0) for row in column.to_pylist()])
+    return pc.list_value_length(column).to_numpy()
+
+
+def check_context(data_dir: str, context: int, *uses: tuple[str, int, int]) -> None:
+    """Raises UserError for a row that is longer than the model's context: before the first step, and not at the one that meets it.
+
+    A use is (table, rows, new): of its first `rows` (0 = all) the prompts, with `new` tokens to be sampled or (0) the responses they have.
+    """
+    for name, rows, new in uses:
+        path = Path(data_dir) / f"{name}.parquet"
+        prompts = token_counts(open_table(data_dir, name, ["query_token"], rows)["query_token"])
+        responses = np.full_like(prompts, new)
+        for column in RESPONSES if not new else ():
+            if has_column(data_dir, name, column):
+                responses = np.maximum(responses, token_counts(open_table(data_dir, name, [column], rows)[column]))
+        if len(long := np.flatnonzero(prompts + responses > context)):
+            i = long[0]
+            raise UserError(f"{path}: row {i} is longer than the model's context ({context}): {prompts[i]} tokens of prompt and "
+                            f"{responses[i]} of response; {len(long)} such rows: drop them, or prepare the data with shorter prompts")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.config import UserError
-from rlhf.model import PAD
 from rlhf.matmul import ROWS
+from rlhf.model import PAD
 
 FLEX_BLOCK = 128  # tokens in a block of flex_attention
 

@@ -46,13 +46,14 @@ def clipped_policy_loss(
 
     rho = exp(log pi(y) - log pi_old(y)), loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). `clipfrac` is 1
     where the clipped branch is the larger one, i.e. where the sequence gives no gradient. At pi = pi_old the
-    gradient is that of -A log pi(y).
+    gradient is that of -A log pi(y). The logged ratio is in float64: a far update makes one of 1e23, and its
+    square is beyond float32.
     """
     ratio = masked_sum(logprobs - old_logprobs.detach(), mask).exp()  # (N, K)
     unclipped = -advantages * ratio
     limited = -advantages * ratio.clamp(1 - clip, 1 + clip)
     clipped = limited.detach() > unclipped.detach()
-    return torch.maximum(unclipped, limited), {"ratio": ratio.detach(), "clipfrac": clipped}
+    return torch.maximum(unclipped, limited), {"ratio": ratio.detach().double(), "clipfrac": clipped}
 
 
 # --- KL estimators (Schulman, "Approximating KL divergence")

@@ -1,6 +1,7 @@
 """The run directory: what a run leaves on disk, how it goes on after an interruption, and its log."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,11 @@ from rlhf.model import NeoX
 from rlhf.pretrained import load_weights, read_json, save_pretrained
 
 MAY_CHANGE = {"out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile", "gradient_checkpointing"}
+
+
+def finite(record: dict) -> dict:
+    """None, which JSON writes as null, for every number that is not finite: JSON has no word for it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 class Run:
@@ -95,7 +101,7 @@ class Run:
             live = sys.stderr.isatty()
             self.bar = tqdm(total=self.steps, initial=self.start, desc=str(self.out), mininterval=0.5 if live else 15, dynamic_ncols=live)
         with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
         self.bar.set_postfix({k.split("/")[-1]: f"{metrics[k]:.3g}" for k in show if k in metrics}, refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -131,7 +137,7 @@ class Run:
         for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):  # config.json last: a directory without it is not a model
             file.replace(self.out / file.name)
         aside.rmdir()
-        result = {**result, "out_dir": str(self.out), "seconds": round(time.time() - self.began, 1)}
+        result = {**finite(result), "out_dir": str(self.out), "seconds": round(time.time() - self.began, 1)}
         (self.out / "result.json").write_text(json.dumps(result) + "\n")
         print(json.dumps(result))
         return result

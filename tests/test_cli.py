@@ -1,6 +1,7 @@
 """The command line, the tables and batches, and a run's directory: what a user types, and what is said when it cannot be done."""
 
 import importlib
+import inspect
 import json
 import math
 import re
@@ -17,12 +18,14 @@ from tokenizers import Tokenizer
 from util import raw_config, tiny_tokenizer
 
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
-from rlhf.run import Run
-from rlhf.config import RunError, UserError, command_line
+from rlhf.config import RunError, UserError, command_line, field_help
 from rlhf.data import batch_indices, check_distinct, check_tokenizer, has_column, read_meta, read_table, tables
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained
+from rlhf.rewards import parse_reward
+from rlhf.run import Run
 
+ROOT = Path(__file__).parents[1]
 TOKENIZER = tiny_tokenizer()
 
 
@@ -101,6 +104,41 @@ def test_help_is_the_comments(monkeypatch, capsys):
         assert text in out, text
     io, optimization = out.split("I/O:")[1].split("optimization:")  # each title once, its options under it
     assert "--resume" in io and "--lr" in optimization
+
+
+@dataclass
+class Explained:
+    first: int = 1  # one line
+    second: str = "x"  # a line that goes on
+    #                    and on,
+    #  to the end
+    # title (of the block below)
+    third: Literal["a", "b"] = "a"  # after a title
+    long: Literal["a fairly long default"] = "a fairly long default"
+    #   and its help below it
+        # both ways
+    # another title
+    other: float = 0.0  # the last
+
+
+def test_a_comment_line_that_is_indented_further_continues_the_help():
+    assert field_help(Explained) == {
+        "first": ("options", "one line"),
+        "second": ("options", "a line that goes on and on, to the end"),
+        "third": ("title (of the block below)", "after a title"),
+        "long": ("title (of the block below)", "and its help below it both ways"),
+        "other": ("another title", "the last"),
+    }
+
+
+def test_the_epilog_is_the_end_of_the_help(monkeypatch, capsys):
+    def main(cfg):
+        pass
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit):
+        command_line(main, Config, epilog="the last\n   words, 100% as they are")
+    assert capsys.readouterr().out.endswith("\n\nthe last\n   words, 100% as they are\n")
 
 
 @pytest.mark.parametrize("error, code", [(UserError("no such thing"), 2), (RunError("not finite"), 1)])
@@ -238,6 +276,18 @@ def test_unknown_device():
 # --- common.py: the directory of a run
 
 
+def test_what_is_not_finite_is_null_in_every_file(tmp_path, capsys):
+    """Infinity and NaN are words of Python: no other reader of JSON knows them."""
+    run, model = train(Config(out_dir=str(tmp_path / "run")), 1)
+    run.log(2, {"loss": math.inf, "kl": -math.inf, "gold": math.nan, "lr": 0.5, "eos": None, "rows": 3}, show=("loss", "gold"))
+    result = run.finish(model, TOKENIZER, {"gold": math.nan, "kl": 1.5})
+    printed = capsys.readouterr().out.splitlines()[-1]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    last, written, said = (json.loads(text, parse_constant=pytest.fail) for text in (lines[-1], (tmp_path / "run/result.json").read_text(), printed))
+    assert last == {"step": 2, "loss": None, "kl": None, "gold": None, "lr": 0.5, "eos": None, "rows": 3}
+    assert written == said == result and (result["gold"], result["kl"]) == (None, 1.5)
+
+
 @pytest.fixture
 def cfg(tmp_path):
     return Config(out_dir=str(tmp_path / "run"))
@@ -332,12 +382,36 @@ def test_finished_run(cfg, capsys):
     assert not Run(replace(cfg, overwrite=True), 8).finished
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("runs/*.sh")), ids=lambda path: path.name)
-def test_run_scripts_name_options_that_exist(path):
-    """The presets are too long to be run here; a renamed option must not be left behind in one."""
-    scripts = [importlib.import_module(name) for name in ("train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "best_of_n", "plot", "results",
-                                                          "data.toy", "data.tldr")]
-    known = {name for script in scripts for name in script.Config.__dataclass_fields__}
-    lines = [line.split(" #")[0] for line in path.read_text().splitlines() if not line.startswith("#") and "pip install" not in line]
-    used = {name for line in lines for name in re.findall(r"--([a-z]\w+)=", line)}
-    assert used <= known, used - known
+# --- every script, and the presets
+
+
+SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "study.best_of_n", "study.plot",
+           "study.results", "data.toy", "data.tldr"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_option_without_help_and_no_title_without_options(name):
+    """A continued line is no title; and the docstring, the head of --help, has the lines that it shows in the source."""
+    script = importlib.import_module(name)
+    config = script.Config
+    source = Path(script.__file__).read_text().removeprefix("r")
+    assert source.startswith(f'"""{script.__doc__}"""'), "a backslash in a docstring that is not raw joins lines"
+    helps = field_help(config)
+    assert list(helps) == list(config.__dataclass_fields__)
+    titles = {title for title, _ in helps.values()}
+    assert titles - {"options"} == set(re.findall(r"^    # ?(\S.*)$", inspect.getsource(config), re.M))
+    for field, (_, text) in helps.items():
+        assert len(text.split()) > 1 and "#" not in text and "  " not in text, (field, text)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("runs/*.sh")), ids=lambda path: path.name)
+def test_run_scripts_name_what_exists(path):
+    """The presets are too long to be run here; a renamed script, option or reward must not be left behind in one."""
+    known = {field for name in SCRIPTS for field in importlib.import_module(name).Config.__dataclass_fields__}
+    lines = [line.split(" #")[0] for line in path.read_text().splitlines()]
+    code = "\n".join(line for line in lines if not line.startswith("#") and "pip install" not in line)
+    assert not (unknown := set(re.findall(r"--([a-z]\w+)=", code)) - known), unknown
+    for script in re.findall(r"python ([\w/]+\.py)", code):
+        assert (ROOT / script).exists(), script
+    for reward in re.findall(r"--reward=([^\s\"']+)", code):
+        parse_reward(re.sub(r"\$\w+|\$\{\w+\}", "0.1", reward))

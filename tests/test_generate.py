@@ -1,12 +1,14 @@
 """Generation with the cache against full forwards and transformers, and the sampler against the probabilities it should draw with."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 from util import TOLERANCE, WIDE, error, logits_of, pair, raw_config
 
 import rlhf.generate
+from rlhf.common import frozen
 from rlhf.config import UserError
 from rlhf.generate import Cache, generate, generate_all, sample
 from rlhf.model import EOS, NeoX
@@ -112,16 +114,28 @@ def test_the_comparison_sees_a_cache_off_by_one(breakage, monkeypatch):
 
 
 def test_bfloat16(chatty):
-    """In an autocast block and with bfloat16 weights: near the float32 distribution of the first and of the last token."""
-    prompts, half = small(PROMPTS), pair(raw_config(vocab_size=9))[0].bfloat16()
-    half.load_state_dict(chatty.state_dict())
+    """Products in bfloat16, the weights in float32 or, of a frozen model, in bfloat16: near the float32 distribution
+    of the first and of the last token, and the same tokens from both."""
+    prompts = small(PROMPTS)
     expected, _ = generate(chatty, prompts, 1, R, temperature=0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast, _ = generate(chatty, prompts, 1, R, temperature=0)
-    plain, _ = generate(half, prompts, 1, R, temperature=0)
-    for responses in (cast, plain):
-        assert sum(a[0][0] == b[0][0] for a, b in zip(responses, expected)) >= 3
-        assert all(1 <= len(answers[0]) <= R for answers in responses)
+    cast = deepcopy(chatty)
+    cast.matmul_dtype = torch.bfloat16
+    assert Cache.allocate(cast, [3, 5], 2, 4).prompt_keys.dtype == torch.bfloat16
+    assert Cache.allocate(chatty, [3, 5], 2, 4).prompt_keys.dtype == torch.float32
+    responses, _ = generate(cast, prompts, 1, R, temperature=0)
+    assert sum(a[0][0] == b[0][0] for a, b in zip(responses, expected)) >= 3
+    assert all(1 <= len(answers[0]) <= R for answers in responses)
+    assert generate(frozen(deepcopy(cast)), prompts, 1, R, temperature=0)[0] == responses
+
+
+@torch.no_grad()
+def test_the_steps_of_generation_run_in_the_type_of_the_products(models, monkeypatch):
+    """The logits of every step are off the float32 ones by what bfloat16 rounds, no less and not much more."""
+    model = deepcopy(models[0])
+    model.matmul_dtype = torch.bfloat16
+    spy = Spy(monkeypatch)
+    responses, _ = generate(model, PROMPTS, 1, 4, temperature=0)
+    assert 50 * TOLERANCE < spy.error(models[0], PROMPTS, responses) < 0.5
 
 
 # --- where a response ends

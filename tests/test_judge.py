@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from judge_server import JudgeServer, sections
@@ -31,7 +33,7 @@ KEY = "sk-never-to-be-seen-0123456789"
 def environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(rlhf.llm_judge, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(evaluation.llm_judge, "FIRST_WAIT", 0.02)
 
 
 def options(url: str, cache: Path, **changes) -> dict:
@@ -60,13 +62,16 @@ def expected(a: list[Summary], b: list[Summary]) -> list[float]:
 
 @pytest.mark.parametrize("said", ["A", "A.", '"A"', "**A**", "(A)", "[[A]]", "'A'.", "“A”", "`A`", "<A>", "<\"A\">", " A\t"])
 def test_an_answer_that_is_a_is_read_as_a(said):
-    for answer in (said, f"Comparison: B is long.\nPreferred: {said}", f"Comparison: x.\n\n**Preferred:** {said}\n", f"Preferred:\n{said}\n",
+    for answer in (said, f"Summary {said}", f"Preferred: Summary {said}", f"**Preferred: summary** {said}",
+                   f"Comparison: B is long.\nPreferred: {said}", f"Comparison: x.\n\n**Preferred:** {said}\n", f"Preferred:\n{said}\n",
                    f"preferred : {said}"):
         assert parse_verdict(answer) == "A", answer
         assert parse_verdict(answer.replace("A", "B")) == "B", answer
 
 
-@pytest.mark.parametrize("answer", ["", "A or B", "Preferred: A because it is short", "Preferred: Summary A", "Preferred: a", "Preferred: C",
+@pytest.mark.parametrize("answer", ["", "A or B", "Preferred: A because it is short", "Preferred: Summary A is short", "Preferred: Summary",
+                                    "Preferred: the summary", "Preferred: Summary A\nPreferred: Summary B", "Preferred: SummaryA",
+                                    "Preferred: a", "Preferred: C",
                                     "Preferred:", "I cannot compare these.", "Comparison: A is better.", "Preferred: A\nPreferred: B",
                                     "Preferred: <\"A\" or \"B\">", "AB", "Preferred: neither", "A\nB"])
 def test_anything_else_is_unread_and_never_a_loss(answer):
@@ -106,12 +111,13 @@ def test_template_is_filled_in_one_pass_and_can_be_replaced(tmp_path):
 
 def test_every_judge_maps_a_swap_to_one_minus_p_and_equals_to_a_half(tmp_path):
     posts, a, b = pairs(30)
-    posts = [Post(p.id, p.query, p.query_token, {"facts": ["keys"]}) for p in posts]
+    posts = [Post(p.id, p.query, p.query_token, '{"facts": ["keys"]}') for p in posts]
     a[0] = Summary(" keys.", [4, 5, 0], True)
     with JudgeServer() as server:
         makers = [lambda o=order: make_judge("llm", **options(server.url, tmp_path / "c", judge_order=o)) for order in ("both", "random")]
         judges = []
-        for maker in (*makers, gold_judge):
+        pq.write_table(pa.table({"facts": [posts[0].facts]}), tmp_path / "sft_train.parquet")
+        for maker in (*makers, lambda: gold_judge(data_dir=str(tmp_path))):
             judges.append(judge := maker())
             p, q = judge(posts, a, b), judge(posts, b, a)
             assert p == [1 - x for x in q] and 0 < sum(p) < 30
@@ -143,8 +149,44 @@ def test_agreement_with_people_is_compared_with_a_ruler():
     longer = lambda u, v: 0.5 if len(u.tokens) == len(v.tokens) else float(len(u.tokens) > len(v.tokens))  # noqa: E731
     ruler = agreement(lambda p, x, y: list(map(longer, x, y)), posts, chosen, rejected)
     assert ruler["agreement"] == ruler["longer_wins"] and ruler["beats_length"] is False
+    assert right["longer_by"] == ruler["longer_by"] == "tokens"
     half = agreement(lambda p, x, y: [math.nan, 1.0] * 100, posts, chosen, rejected)
     assert (half["pairs"], half["unjudged"]) == (100, 100)
+
+
+def test_the_ruler_is_the_better_of_tokens_and_characters():
+    """People took the text with more characters, and by tokens it is a coin: a judge that counts characters is a ruler, and so is one of tokens."""
+    posts = pairs(200)[0]
+    chosen = [Summary("x" * 9, [5] * (3 + i % 2) + [0], True) for i in range(200)]
+    rejected = [Summary("x" * 8, [5] * (4 - i % 2) + [0], True) for i in range(200)]
+
+    def measured(size, a=chosen, b=rejected):
+        return agreement(lambda p, x, y: [float(size(u) > size(v)) for u, v in zip(x, y)], posts, a, b)
+
+    by_characters = measured(lambda s: len(s.text))
+    assert (by_characters["agreement"], by_characters["longer_wins"], by_characters["longer_by"]) == (1.0, 1.0, "characters")
+    assert by_characters["over_longer"] == 0 and by_characters["beats_length"] is False
+    by_tokens = measured(lambda s: len(s.tokens))
+    assert (by_tokens["agreement"], by_tokens["longer_wins"]) == (0.5, 1.0) and by_tokens["beats_length"] is False
+    long, short = ([Summary("x", [5] * n, True)] * 200 for n in (3, 2))
+    assert (measured(lambda s: len(s.tokens), long, short)["longer_by"], measured(lambda s: 1, short, long)["longer_wins"]) == ("tokens", 0.5)
+
+
+def test_a_local_server_may_come_back_on_another_port(tmp_path):
+    """Answers are found again by what was asked: on this machine the port of a server is chance, elsewhere it is another server."""
+    posts, a, b = pairs(4)
+    with JudgeServer() as server:
+        make_judge("llm", **options(server.url, tmp_path / "c"))(posts, a, b)
+    with JudgeServer() as other:
+        assert other.url != server.url
+        assert make_judge("llm", **options(other.url, tmp_path / "c"))(posts, a, b) == expected(a, b) and not other.requests
+
+    def key(url: str) -> str:
+        return make_judge("llm", **options(url, tmp_path / "d", judge_model="gpt-4o-mini")).key_of({"model": "gpt-4o-mini"})
+
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        assert key(f"http://{host}:8000/v1") == key(f"http://{host}:9000/v1") == key(f"http://{host}/v1") != key(f"http://{host}:8000/v2")
+    assert key("https://judge.example:8000/v1") != key("https://judge.example:9000/v1") != key("https://judge.example/v1")
 
 
 # --- a server that fails
@@ -186,7 +228,7 @@ def test_retry_after_is_kept_by_all_threads(tmp_path):
         limited = next(t for t, _, kind in server.log if kind == "429")
         assert not [t for t in times if limited + 0.15 < t < limited + 0.55] and max(times) > limited + 0.55
     date = "Wed, 21 Oct 2065 07:28:00 GMT"
-    assert evaluation.llm_judge.retry_after({"retry-after": date}) > 1e9 and rlhf.llm_judge.retry_after({"retry-after": "soon"}) is None
+    assert evaluation.llm_judge.retry_after({"retry-after": date}) > 1e9 and evaluation.llm_judge.retry_after({"retry-after": "soon"}) is None
 
 
 def test_a_refusal_is_unread_kept_and_not_asked_again(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from util import WIDE, error
 
-from rlhf.logprobs import compare_logprobs, compile_kernels, kernels, summed_nll, token_logprobs
+from rlhf.logprobs import compare_logprobs, compile_kernels, kernels, head_nll, token_logprobs
 
 M, C, V = 23, 20, 301
 
@@ -212,9 +212,9 @@ def test_summed_nll(chunk):
     hidden, weight, targets = inputs()
     expected = -token_logprobs(hidden, weight, targets)[0].sum()
     wanted = torch.autograd.grad(expected / 17, (hidden, weight))
-    actual = summed_nll(hidden, weight, targets, chunk)
+    actual = head_nll(hidden, weight, targets, chunk)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
     for one, other in zip(torch.autograd.grad(actual / 17, (hidden, weight)), wanted):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(summed_nll(hidden, weight, targets, chunk), expected.detach(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(head_nll(hidden, weight, targets, chunk), expected.detach(), rtol=1e-5, atol=1e-4)

@@ -9,7 +9,20 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.config import UserError
-from rlhf.losses import NEEDS_REFERENCE, PREFERENCE_LOSSES, bradley_terry_loss, dpo, dpo_length, ipo, simpo, simpo_pl
+from rlhf.losses import (
+    PREFERENCE_LOSSES,
+    RANKED,
+    bradley_terry_loss,
+    defaults,
+    describe,
+    dpo,
+    dpo_length,
+    ipo,
+    loss_options,
+    needs_reference,
+    simpo,
+    simpo_pl,
+)
 
 torch.set_num_threads(1)
 PAIR_LOSSES = list(PREFERENCE_LOSSES)
@@ -254,29 +267,105 @@ def test_gradient_prefers_the_chosen_response(name):
     assert (g[:, 0][mask[:, 0]] < 0).all() and (g[:, 1][mask[:, 1]] > 0).all()
 
 
+# --- what a signature says
+
+
+def new_loss(logprobs, _, mask, *, tau=0.25, gamma=1.5):
+    """A fork."""
+
+
+def new_loss_with_reference(logprobs, ref_logprobs, mask):
+    """Another, without options."""
+
+
+DEFAULTS = {
+    "dpo": {"beta": 0.05, "label_smoothing": 0.0},
+    "simpo": {"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.0},
+    "simpo_pl": {"beta": 2.0, "gamma": 0.5},
+    "ipo": {"beta": 0.05},
+    "dpo_length": {"beta": 2.0, "gamma": 0.0, "label_smoothing": 0.0},
+}
+
+
+def test_defaults_and_references_are_read_from_the_signature():
+    assert {name: defaults(loss) for name, loss in PREFERENCE_LOSSES.items()} == DEFAULTS
+    assert {name for name, loss in PREFERENCE_LOSSES.items() if needs_reference(loss)} == {"dpo", "ipo", "dpo_length"}
+    assert RANKED == {"simpo_pl"}
+    assert defaults(new_loss) == {"tau": 0.25, "gamma": 1.5} and not needs_reference(new_loss)
+    assert defaults(new_loss_with_reference) == {} and needs_reference(new_loss_with_reference)
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+def test_a_loss_reads_the_reference_that_its_signature_names_and_no_other(name):
+    """Without one, it is called with None; with one, another reference is another loss."""
+    loss = PREFERENCE_LOSSES[name]
+    x, ref, mask = batch()
+    if needs_reference(loss):
+        assert_differ(loss(x, ref, mask)[0], loss(x, ref.flip(1), mask)[0])
+    else:
+        assert torch.equal(loss(x, None, mask)[0], loss(x, ref, mask)[0])
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+def test_every_option_matters_and_its_default_is_what_leaving_it_out_means(name):
+    loss = PREFERENCE_LOSSES[name]
+    x, ref, mask = batch()
+    expected = loss(x, ref, mask)[0]
+    assert torch.equal(loss(x, ref, mask, **defaults(loss))[0], expected)
+    for option, default in defaults(loss).items():
+        assert_differ(loss(x, ref, mask, **{option: default + 0.3})[0], expected)
+
+
+def test_loss_options():
+    assert {name: loss_options(name, {}) for name in PREFERENCE_LOSSES} == DEFAULTS
+    unset = {"beta": None, "gamma": None, "label_smoothing": None}
+    assert loss_options("ipo", unset) == {"beta": 0.05}
+    assert loss_options("simpo", {**unset, "gamma": 0.0}) == {"beta": 2.0, "gamma": 0.0, "label_smoothing": 0.0}
+    assert loss_options("dpo", {**unset, "beta": 0.3}) == {"beta": 0.3, "label_smoothing": 0.0}
+
+
+@pytest.mark.parametrize("name, given, message", [
+    ("dpo", {"gamma": 0.5}, "--gamma: the loss dpo has none; these have it: simpo, simpo_pl, dpo_length"),
+    ("ipo", {"gamma": 0.5}, "--gamma: the loss ipo has none; these have it: simpo, simpo_pl, dpo_length"),
+    ("ipo", {"label_smoothing": 0.1}, "--label_smoothing: the loss ipo has none; these have it: dpo, simpo, dpo_length"),
+    ("simpo_pl", {"beta": 1.0, "label_smoothing": 0.1}, "--label_smoothing: the loss simpo_pl has none; these have it: "
+                                                         "dpo, simpo, dpo_length"),
+    ("dpo", {"gamma": 0.0}, "--gamma: the loss dpo has none; these have it: simpo, simpo_pl, dpo_length"),
+    ("orpo", {}, "--loss=orpo: known are dpo, simpo, simpo_pl, ipo, dpo_length"),
+])
+def test_an_option_the_loss_does_not_have_is_an_error_that_names_those_that_do(name, given, message):
+    with pytest.raises(UserError) as error:
+        loss_options(name, given)
+    assert str(error.value) == message
+
+
+def test_a_new_loss_is_one_dict_entry(monkeypatch):
+    monkeypatch.setitem(PREFERENCE_LOSSES, "new", new_loss)
+    assert loss_options("new", {"gamma": 2.0, "beta": None}) == {"tau": 0.25, "gamma": 2.0}
+    with pytest.raises(UserError, match="these have it: simpo, simpo_pl, dpo_length, new"):
+        loss_options("ipo", {"gamma": 0.5})
+    with pytest.raises(UserError, match="known are dpo, .*, new"):
+        loss_options("newer", {})
+
+
+def test_describe():
+    losses = {"dpo": dpo, "simpo_pl": simpo_pl, "new": new_loss}
+    assert describe(losses).splitlines() == [
+        "losses and the defaults of their options:",
+        "  dpo       beta 0.05, label_smoothing 0; reads a reference",
+        "  simpo_pl  beta 2, gamma 0.5",
+        "  new       tau 0.25, gamma 1.5",
+    ]
+
+
 # --- errors
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("dpo", {"gamma": 0.5}, "dpo has no gamma"),
-    ("ipo", {"gamma": 0.5}, "ipo has no gamma"),
-    ("ipo", {"label_smoothing": 0.1}, "ipo has no label_smoothing"),
-    ("simpo_pl", {"label_smoothing": 0.1}, "simpo_pl has no label_smoothing"),
-])
-def test_an_option_the_loss_does_not_define_is_an_error(name, options, message):
-    x, ref, mask = batch()
-    with pytest.raises(UserError, match=message):
-        PREFERENCE_LOSSES[name](x, ref, mask, beta=1.0, **options)
-
-
 @pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_group_size_and_reference_are_checked(name):
+def test_group_size_is_checked(name):
     x, ref, mask = batch(K=3)
-    if name != "simpo_pl":
-        with pytest.raises(UserError, match=f"{name} compares 2 responses per prompt, got 3"):
+    if name not in RANKED:
+        with pytest.raises(UserError, match="compares 2 responses per prompt, got 3; use simpo_pl for rankings"):
             PREFERENCE_LOSSES[name](x, ref, mask, beta=1.0)
     with pytest.raises(UserError, match="2 responses per prompt, got 1"):
         PREFERENCE_LOSSES[name](x[:, :1], ref[:, :1], mask[:, :1], beta=1.0)
-    if name in NEEDS_REFERENCE:
-        with pytest.raises(UserError, match=f"{name} needs the log-probs of a reference model"):
-            PREFERENCE_LOSSES[name](x[:, :2], None, mask[:, :2], beta=1.0)

@@ -25,9 +25,9 @@ def with_gradients(function, tensors):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("onednn", [True, False])
 def test_value_and_gradients(shape, onednn, monkeypatch):
-    if onednn and not products.ONEDNN:
+    if onednn and not matmul.ONEDNN:
         pytest.skip("no oneDNN with AVX-512 here")
-    monkeypatch.setattr(products, "ONEDNN", onednn)
+    monkeypatch.setattr(matmul, "ONEDNN", onednn)
     tensors = inputs(*shape)
     assert by_onednn(*tensors[:2]) == (onednn and shape[0] in (1, 3, 5, 7, 128, 256))  # fewer than ROWS, or multiples of it
     exact = with_gradients(F.linear, [t.detach().double().requires_grad_() for t in tensors])
@@ -40,7 +40,7 @@ def test_only_what_is_needed_is_computed(monkeypatch):
     x, weight, bias = inputs(64, 8, 3)
     expected = with_gradients(linear, [x, weight, bias])
     calls = []
-    monkeypatch.setattr(products, "outer", lambda a, b: calls.append("weight") or outer(a, b))
+    monkeypatch.setattr(matmul, "outer", lambda a, b: calls.append("weight") or outer(a, b))
     for frozen in ("weight", "x"):
         free = {"x": x, "weight": weight}
         free[frozen] = free[frozen].detach()
@@ -48,7 +48,7 @@ def test_only_what_is_needed_is_computed(monkeypatch):
         y = linear(free["x"], free["weight"], None)
         (found,) = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [free[kept]])
         torch.testing.assert_close(found, expected[1 if kept == "x" else 2], rtol=1e-5, atol=1e-5)
-    assert calls == ["weight"] * products.ONEDNN
+    assert calls == ["weight"] * matmul.ONEDNN
 
 
 def test_without_a_gradient_the_operator_is_called_directly():
@@ -91,12 +91,12 @@ def test_products_are_float32_not_a_narrower_type():
     assert not torch.allclose(narrow.float(), torch.full((4, 1), 2.0**-11), rtol=2e-4, atol=0)
 
 
-@pytest.mark.skipif(not products.ONEDNN, reason="no oneDNN with AVX-512 here")
+@pytest.mark.skipif(not matmul.ONEDNN, reason="no oneDNN with AVX-512 here")
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_operator_keeps_torchs_rules(biased):
     """No aliases, the right fake, gradients under tracing, with dynamic shapes."""
     x, weight, bias = inputs(64, 8, 3)
-    torch.library.opcheck(products.onednn_linear, (x, weight, bias if biased else None))
+    torch.library.opcheck(matmul.onednn_linear, (x, weight, bias if biased else None))
 
 
 def test_compiled_is_the_same():

@@ -9,7 +9,7 @@ from transformers import GPTNeoXConfig
 from util import GRADIENT_TOLERANCE, RAW, TOLERANCE, VARIANTS, WIDE, causal, error, hidden_of, logits_of, our_name, pair, raw_config, worst_gradient
 
 import rlhf.model
-from rlhf.common import autocast, frozen
+from rlhf.common import frozen
 from rlhf.config import UserError
 from rlhf.generate import generate
 from rlhf.logprobs import token_logprobs
@@ -90,22 +90,45 @@ def test_compiled_layers_change_nothing(variant, monkeypatch):
     assert max(error(p.grad, g) for p, g in zip(ours.parameters(), gradients)) < GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize(("variant", "head"), [("parallel residual", "embed_out"), ("all at once", "embed_out"), ("parallel residual", "score")])
+@pytest.mark.parametrize(
+    "variant, head", [("parallel residual", "embed_out"), ("all at once", "embed_out"), ("parallel residual", "score")]
+)
 def test_frozen_in_bfloat16_changes_nothing(variant, head):
     """A frozen model keeps its matrices in the type of the products: what autocast would cast at every forward anyway."""
-    model, cpu = pair(raw_config(variant), head=head)[0], torch.device("cpu")
-    plain, kept = frozen(deepcopy(model), cpu, "float32"), frozen(deepcopy(model), cpu, "bfloat16")
-    assert {p.dtype for p in plain.parameters()} == {torch.float32} and {p.dtype for p in kept.parameters()} == {torch.float32, torch.bfloat16}
-    with autocast(cpu, "bfloat16"), torch.no_grad():
+    model, _ = pair(raw_config(variant), head=head)
+    assert {p.dtype for p in frozen(deepcopy(model)).parameters()} == {torch.float32}
+    plain = deepcopy(model)
+    plain.matmul_dtype = torch.bfloat16
+    kept = frozen(deepcopy(plain))
+    assert {p.dtype for p in kept.parameters()} == {torch.float32, torch.bfloat16}
+    assert not any(p.requires_grad for p in kept.parameters())
+    with plain.autocast(), torch.no_grad():
         hidden = [hidden_of(m, IDS) for m in (plain, kept)]
         assert torch.equal(*hidden)
         if head == "score":
             assert torch.equal(*(m.scores(h) for m, h in zip((plain, kept), hidden)))
         else:
             targets = torch.tensor(IDS)
-            assert all(map(torch.equal, *(token_logprobs(h, m.embed_out.weight, targets) for m, h in zip((plain, kept), hidden))))
-            assert generate(plain, [IDS[:9]], 2, 8, temperature=0)[0] == generate(kept, [IDS[:9]], 2, 8, temperature=0)[0]
+            read = [token_logprobs(h, m.embed_out.weight, targets) for m, h in zip((plain, kept), hidden)]
+            assert all(map(torch.equal, *read))
+    if head == "embed_out":
+        assert generate(plain, [IDS[:9]], 2, 8, temperature=0)[0] == generate(kept, [IDS[:9]], 2, 8, temperature=0)[0]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
+
+
+def test_autocast_is_the_type_of_the_products():
+    """float32: no autocast; bfloat16: the products of a forward are in it, the hidden states after the last norm are not."""
+    model, _ = pair(raw_config())
+    with torch.no_grad():
+        exact = hidden_of(model, IDS)
+        with model.autocast():
+            assert not torch.is_autocast_enabled("cpu") and torch.equal(hidden_of(model, IDS), exact)
+        model.matmul_dtype = torch.bfloat16
+        with model.autocast():
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+            rounded = hidden_of(model, IDS)
+    assert rounded.dtype == torch.float32 and 10 * TOLERANCE < error(rounded, exact)
+    assert model.device == torch.device("cpu")
 
 
 # --- twins that must fail: were these comparisons blind, the ones above would prove nothing

@@ -13,7 +13,7 @@ from util import TOLERANCE, WIDE, error, hidden_of, logits_of, pair, raw_config,
 
 from rlhf.config import UserError
 from rlhf.model import NeoX, NeoXConfig
-from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
+from rlhf.pretrained import from_pretrained, load_tokenizer, matmul_dtype, save_pretrained
 
 IDS = torch.randint(2, 61, (29,), generator=torch.Generator().manual_seed(6)).tolist()
 TOKENIZER = tiny_tokenizer()
@@ -76,11 +76,17 @@ def test_half_precision_on_disk(variant, dtype, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").dtype == dtype  # what config.json says is what the file holds
 
 
-def test_weights_in_bfloat16_in_memory(tmp_path):
-    ours, _ = pair(raw_config(), dtype=torch.bfloat16)
+def test_dtype_is_that_of_the_products_and_weights_stay_float32(tmp_path):
+    """A weight in bfloat16 would not move at a learning rate of 1e-6."""
+    ours, _ = pair(raw_config())
     save_pretrained(ours, TOKENIZER, tmp_path)
-    half = from_pretrained(str(tmp_path), dtype=torch.bfloat16)
-    assert all(torch.equal(p.float(), q) for p, q in zip(half.parameters(), ours.parameters(), strict=True))
+    for dtype, expected in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = from_pretrained(str(tmp_path), dtype=dtype)
+        assert model.matmul_dtype == expected and {p.dtype for p in model.parameters()} == {torch.float32}
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), ours.parameters(), strict=True))
+    assert from_pretrained(str(tmp_path)).matmul_dtype == torch.float32
+    assert matmul_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert matmul_dtype("float32", torch.device("cuda")) == torch.float32
 
 
 def test_a_tied_model_stays_tied(tmp_path):

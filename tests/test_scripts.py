@@ -1,12 +1,13 @@
 """The scripts themselves, in process, on a tiny toy world: they run, resume to the same weights, do not depend on the micro-batch, open in transformers,
 and refuse bad input with one clear line and nothing overwritten."""
 
+import importlib
 import json
 import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import MISSING, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,19 +17,20 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-import evaluate
+import rlhf.policy
 import train_rloo
 import train_rm
 import train_sft
 import train_simpo
 from data import toy
-from rlhf.run import Run
 from rlhf.config import RunError, UserError
 from rlhf.generate import generate
 from rlhf.groups import pack
-from rlhf.losses import NEEDS_REFERENCE
+from rlhf.losses import PREFERENCE_LOSSES, describe, needs_reference
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
+from rlhf.run import Run
+from study.logs import read_columns
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +51,7 @@ def configs(out: Path) -> dict:
         train_sft: train_sft.Config(**io, model=str(out / "data/base"), init="scratch", out_dir=str(out / "sft"), lr=3e-3, batch_size=24, eval_rows=8),
         train_rm: train_rm.Config(**io, model=str(out / "sft"), out_dir=str(out / "rm"), lr=1e-3, batch_size=16),
         train_rloo: train_rloo.Config(**io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "rloo"), lr=1e-3, k=2, batch_size=16,
-                                      episodes=64, ppo_epochs=2, minibatches=2, response_tokens=12, eval_rows=8, reward="kl+maxent_length"),
+                                      episodes=64, ppo_epochs=2, response_tokens=12, eval_rows=8, reward="kl+maxent_length:0.1"),
         train_simpo: train_simpo.Config(**io, model=str(out / "sft"), out_dir=str(out / "simpo"), loss="dpo", lr=1e-3, batch_size=16, eval_rows=8),
     }
 
@@ -154,8 +156,27 @@ def test_metrics_of_rloo_agree_with_each_other(world):
         assert line["rlhf_reward"] == pytest.approx(expected, abs=1e-5)
         assert line["bonus/kl"] == pytest.approx(-line["kl"], abs=1e-4)
         assert line["bonus/maxent_length"] == pytest.approx(line["length_normalized_surprisal"], abs=1e-5)
-        assert line["entropy_bonus"] == pytest.approx(0.1 * line["bonus/maxent_length"], abs=1e-6)
+        assert line["reward/kl"] == pytest.approx(0.05 * line["bonus/kl"], abs=1e-6)
+        assert line["reward/maxent_length"] == pytest.approx(0.1 * line["bonus/maxent_length"], abs=1e-6)
         assert line["kl_full"] > -1e-5 and line["kl_k3"] >= 0 and 0 <= line["eos_share"] <= 1 and 1 <= line["response_length"] <= 12
+
+
+@pytest.mark.parametrize("factor, known", [(1e23, True), (math.inf, False)])
+@pytest.mark.parametrize("ppo_epochs", [1, 2])
+def test_the_log_is_json_whatever_the_ratios_are(world, tmp_path, monkeypatch, ppo_epochs, factor, known):
+    """A ratio of 1e23 has a variance, an infinite one has none: null. Neither word of Python, Infinity and NaN, is JSON."""
+    def far(*args):
+        losses, stats = rlhf.policy.clipped_policy_loss(*args)
+        return losses, {**stats, "ratio": stats["ratio"] * factor}
+
+    monkeypatch.setattr(train_rloo, "clipped_policy_loss", far)
+    train_rloo.main(again(world, train_rloo, tmp_path / "run", episodes=16, ppo_epochs=ppo_epochs))
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    (line,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert (line["ratio"] is not None) == (line["ratio_var"] is not None) == known
+    if known and ppo_epochs == 1:
+        assert line["ratio"] == pytest.approx(1e23) and abs(line["ratio_var"]) < 1e36  # every ratio is 1e23: the rest is rounding
+    assert math.isnan(read_columns(tmp_path / "run/metrics.jsonl")["ratio_var"][0]) != known
 
 
 @each_script
@@ -185,7 +206,7 @@ def test_every_offline_loss_trains(world, tmp_path, loss):
     assert len(metrics(tmp_path / "run")) == rows // 8 and math.isfinite(result["eval/loss"])
 
 
-@pytest.mark.parametrize("loss", NEEDS_REFERENCE)
+@pytest.mark.parametrize("loss", [name for name, loss in PREFERENCE_LOSSES.items() if needs_reference(loss)])
 def test_a_reference_with_a_head_of_its_own_in_bfloat16(world, tmp_path, loss):
     """Pythia's embeddings are not tied, so a frozen model's head is kept in bfloat16."""
     config = NeoXConfig.from_dict({**json.loads((world / "sft/config.json").read_text()), "tie_word_embeddings": False})
@@ -259,13 +280,14 @@ def broken_data(world: Path, tmp_path: Path, name: str, change) -> str:
 @pytest.mark.parametrize("script, changes, message", [
     (train_rloo, dict(k=1), "at least 2 responses"),
     (train_rloo, dict(batch_size=15), "not divisible"),
-    (train_rloo, dict(reward="entropy"), "unknown reward term"),
+    (train_rloo, dict(reward="entropy"), "--reward=entropy: no term 'entropy'"),
     (train_rloo, dict(advantage="gae"), "known are rloo, grpo"),
     (train_rloo, dict(reward_model="./missing"), "no such directory"),
     (train_rloo, dict(response_tokens=250), "the model.s context"),
     (train_simpo, dict(loss="orpo"), "known are dpo"),
     (train_simpo, dict(loss="simpo", gamma=1.0, gamma_beta_ratio=0.5), "give one of them"),
-    (train_simpo, dict(gamma=1.0), "has no gamma"),
+    (train_simpo, dict(gamma=1.0), "--gamma: the loss dpo has none; these have it: simpo, simpo_pl, dpo_length"),
+    (train_simpo, dict(gamma_beta_ratio=0.5), "--gamma: the loss dpo has none"),
     (train_sft, dict(batch_size=1000), "no update to make"),
     (train_sft, dict(data_dir="nowhere"), "no prepared data there"),
     (train_sft, dict(device="cuda:77"), "--device=cuda:77"),
@@ -296,6 +318,41 @@ def test_bad_data_is_named(world, tmp_path):
     (tmp_path / "c/data/sft_train.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a readable parquet file"):
         train_sft.main(again(world, train_sft, tmp_path / "sft", data_dir=long))
+
+
+@pytest.mark.parametrize("script, table, row, changes, column", [
+    (train_sft, "sft_train", 95, {}, "reference_response_token"),
+    (train_sft, "sft_validation", 7, {}, "query_token"),
+    (train_rm, "pairs_train", 63, {}, "rejected_token"),
+    (train_rm, "pairs_validation", 15, {}, "chosen_token"),
+    (train_rm, "sft_train", 95, {}, "reference_response_token"),
+    (train_simpo, "pairs_train", 63, {}, "chosen_token"),
+    (train_simpo, "rankings_train", 31, {"loss": "simpo_pl", "batch_size": 8}, "responses_token"),
+    (train_simpo, "pairs_validation", 7, {}, "rejected_token"),
+    (train_simpo, "sft_validation", 7, {}, "query_token"),
+    (train_rloo, "sft_train", 95, {}, "query_token"),
+    (train_rloo, "sft_validation", 7, {}, "query_token"),
+])
+def test_a_row_that_is_too_long_is_named_before_the_first_step(world, tmp_path, monkeypatch, script, table, row, changes, column):
+    """The last row that is used gets one token more than the context (256) has room for; with exactly as many as fit it is used."""
+    def grown(extra: int):
+        def change(rows: list[dict]) -> list[dict]:
+            tokens = rows[row][column][0] if column == "responses_token" else rows[row][column]
+            beside = sampled if column == "query_token" else len(rows[row]["query_token"])
+            tokens[:0] = [5] * (256 + extra - beside - len(tokens))
+            return rows
+        return change
+
+    sampled = 12 if script is train_rloo else json.loads((world / "data/meta.json").read_text())["response_tokens"]
+
+    long = broken_data(world, tmp_path / "long", table, grown(1))
+    with pytest.raises(UserError, match=f"{table}.parquet: row {row} is longer than the model's context \\(256\\): .*; 1 such rows: drop them"):
+        script.main(again(world, script, tmp_path / "run", data_dir=long, **changes))
+    assert not (tmp_path / "run").exists()
+    fits = broken_data(world, tmp_path / "fits", table, grown(0))
+    monkeypatch.setattr(Run, "begin", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        script.main(again(world, script, tmp_path / "run", data_dir=fits, **changes))
 
 
 def test_a_model_with_another_tokenizer_is_refused(world, tmp_path):
@@ -346,18 +403,57 @@ def test_an_existing_run_is_not_overwritten(world, tmp_path):
     assert (tmp_path / "mine/thesis.txt").exists()
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, evaluate], ids=lambda s: s.__name__)
-def test_command_line(script, tmp_path):
-    """--help explains every option; an unknown option or value is exit code 2 and one line."""
-    def call(*args):
-        return subprocess.run([sys.executable, ROOT / f"{script.__name__}.py", *args], capture_output=True, text=True, cwd=tmp_path)
+# --- the command line
 
-    shown = call("--help")
+
+def call(cwd: Path, script: str, *args):
+    return subprocess.run([sys.executable, ROOT / f"{script}.py", *args], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize("name", ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate"])
+def test_command_line(name, tmp_path):
+    """--help explains every option; an unknown option or value is exit code 2 and one line."""
+    fields = importlib.import_module(name).Config.__dataclass_fields__
+    shown = call(tmp_path, name, "--help")
     assert shown.returncode == 0
-    for field in script.Config.__dataclass_fields__:
+    for field in fields:
         assert f"--{field}" in shown.stdout
-    wrong = call("--data_dir=nowhere", "--model=nowhere", "--out_dir=x", "--reward_model=nowhere", *(["--lrr=1"] if script is not evaluate else ["--jugde=1"]))
-    assert wrong.returncode == 2 and "unrecognized arguments" in wrong.stderr or "required" in wrong.stderr
-    missing = call("--data_dir=nowhere", "--model=nowhere", "--out_dir=x", *(["--reward_model=nowhere"] if script in (train_rloo, evaluate) else []))
-    assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("error: nowhere: no prepared data there")
+    needed = [f"--{field}=nowhere" for field, f in fields.items() if f.default is MISSING and field != "out_dir"]
+    wrong = call(tmp_path, name, *needed, "--out_dir=x", "--lrr=1")
+    assert wrong.returncode == 2 and wrong.stderr.endswith("error: unrecognized arguments: --lrr=1\n")
+    lacking = call(tmp_path, name, *needed)
+    assert lacking.returncode == 2 and lacking.stderr.endswith("the following arguments are required: --out_dir\n")
+    missing = call(tmp_path, name, *needed, "--out_dir=x")
+    assert missing.returncode == 2
+    assert missing.stderr.strip().splitlines()[-1].startswith("error: nowhere: no prepared data there")
     assert not list(tmp_path.iterdir())
+
+
+def test_help_of_train_simpo_tells_every_loss_with_its_defaults(tmp_path):
+    shown = call(tmp_path, "train_simpo", "--help").stdout
+    assert shown.endswith(describe(PREFERENCE_LOSSES) + "\n")
+    assert "\n  simpo       beta 2, gamma 0.5, label_smoothing 0\n" in shown
+    assert "\n  ipo         beta 0.05; reads a reference\n" in shown
+
+
+def test_run_json_of_train_simpo_tells_the_options_that_were_used(world, tmp_path):
+    def told(name, **changes) -> tuple:
+        changes = dict(model=str(world / "sft"), train_rows=16) | changes
+        train_simpo.main(again(world, train_simpo, tmp_path / name, **changes))
+        config = json.loads((tmp_path / name / "run.json").read_text())["config"]
+        return tuple(config[option] for option in ("beta", "gamma", "gamma_beta_ratio", "label_smoothing"))
+
+    assert told("dpo") == (0.05, None, None, 0.0)
+    assert told("simpo", loss="simpo") == (2.0, 0.5, None, 0.0)
+    assert told("given", loss="simpo", beta=1.5, gamma_beta_ratio=0.3, label_smoothing=0.1) == (1.5, 0.3 * 1.5, None, 0.1)
+    assert told("default beta", loss="simpo", gamma_beta_ratio=0.3) == (2.0, 0.6, None, 0.0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_training_loads_no_judge_and_no_statistics(script):
+    """Nor what draws, or asks a language model. With what a training script does load, so that the list is a list."""
+    program = f"import sys, {script.__name__}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert {"rlhf", "torch", "pyarrow"} <= loaded
+    assert not loaded & {"evaluation", "evaluate", "study", "bench", "openai", "matplotlib", "scipy", "transformers", "trl"}

@@ -81,6 +81,16 @@ def test_length_control_takes_the_advantage_of_length_away():
     assert length_controlled([math.nan], [1], [2])["lc_win_rate"] is None
 
 
+def test_length_control_says_where_it_extrapolates():
+    def extrapolated(own: list[int], human: list[int], preferences: tuple = (1.0, 0.0)) -> bool | None:
+        return length_controlled(list(preferences), own, human)["lc_extrapolated"]
+
+    assert extrapolated([15, 15], [10, 10]) is extrapolated([10, 10], [15, 15]) is extrapolated([5, 25], [10, 10]) is True
+    assert extrapolated([14, 14], [10, 10]) is extrapolated([10, 10], [14, 14]) is extrapolated([5, 15], [10, 10]) is False
+    assert extrapolated([10, 99], [10, 10], (1.0, math.nan)) is False  # what was not judged is not fitted
+    assert extrapolated([10], [10], (math.nan,)) is None
+
+
 def test_win_rate_buckets_and_position():
     p = [1.0, 0.0, 0.5, math.nan]
     rate = win_rate(p)
@@ -114,4 +124,4 @@ def test_counts_of_ngrams_by_hand(monkeypatch):
     assert novelty("the dog ran home", "The dog ran away") == pytest.approx(1 / 3)
     assert distinct(["a b", "a c"], 1) == 3 / 4 and distinct(["a b", "a b"], 2) == 0.5 and distinct([""], 1) == 0
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    assert text_means(text_rows(["p"], ["r"], ["s"]), ["s"])["rougeL"] is None
+    assert "rougeL" not in text_means(text_rows(["p"], ["r"], ["s"]), ["s"])

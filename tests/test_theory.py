@@ -14,7 +14,8 @@ from enumeration import Responses
 
 from rlhf.losses import bradley_terry_loss, dpo, simpo, simpo_pl
 from rlhf.masked import mean_logprobs, seq_logprobs
-from rlhf.rewards import leave_one_out, rlhf_reward
+from rlhf.policy import leave_one_out
+from rlhf.rewards import rlhf_reward
 
 torch.set_num_threads(1)
 ALPHA = 0.7
@@ -40,11 +41,12 @@ def log_pi(responses, logprobs):
     return seq_logprobs(logprobs, responses.mask)[0]
 
 
-def followed(responses, scores, terms, *, kl_coef=0.0, entropy_coef=0.0, ref_logprobs=None):
-    """What RLOO follows in expectation, a function of log-probs: its gradient is sum_y grad pi(y) R(y), the bonus in R being constant."""
+def followed(responses, scores, *, ref_logprobs=None, **terms):
+    """What RLOO follows in expectation, a function of log-probs: its gradient is sum_y grad pi(y) R(y), the bonus in
+    R being constant. terms: {name of a reward term: its coefficient}."""
     def surrogate(logprobs):
-        coefs = {"kl_coef": kl_coef, "entropy_coef": entropy_coef}
-        rewards, _ = rlhf_reward(scores[None], logprobs, ref_logprobs, responses.mask, terms=terms, **coefs)
+        reference = torch.zeros_like(logprobs) if ref_logprobs is None else ref_logprobs
+        rewards, _ = rlhf_reward(scores[None], logprobs, reference, responses.mask, {"score": 1.0, **terms})
         return (log_pi(responses, logprobs).exp() * rewards[0]).sum()
     return surrogate
 
@@ -87,7 +89,7 @@ def test_section_2_2_kl_constrained_optimum():
     """RLOO's KL reward leads to pi = pi_ref exp(r / beta) / Z, where r = beta log(pi / pi_ref) + beta log Z: DPO's implicit reward."""
     beta, scores = 1.2, scores_of(Y)
     ref = Y.logprobs(0.4 * random_logits(Y, 1).detach())
-    found = ascend(Y, followed(Y, scores, ["kl"], kl_coef=beta, ref_logprobs=ref))
+    found = ascend(Y, followed(Y, scores, kl=beta, ref_logprobs=ref))
     close(log_pi(Y, found), (log_pi(Y, ref) + scores / beta).log_softmax(0))
     pairs = pairs_of(Y)
     implicit = dpo(found[0][pairs], ref[0][pairs], Y.mask[0][pairs], beta=beta)[1]
@@ -105,14 +107,14 @@ def test_eq_2_eq_6_detached_bonus_has_the_gradient_of_the_entropy_objective():
         logp = log_pi(Y, logprobs)
         return (logp.exp() * (scores - ALPHA * logp)).sum()
 
-    close(gradient(Y, followed(Y, scores, ["maxent"], entropy_coef=ALPHA), logits), gradient(Y, objective, logits), atol=1e-12)
+    close(gradient(Y, followed(Y, scores, maxent=ALPHA), logits), gradient(Y, objective, logits), atol=1e-12)
 
 
 def test_eq_3_eq_8_c_1_ascent_lands_on_softmax_and_eq_4_eq_10_gives_the_reward_back():
     """Gradient ascent under eq. 6 ends at pi(y) = exp(r / alpha) / Z, and no random policy has a larger E[r] + alpha H. There
     r = alpha log pi + alpha log Z for every response."""
     scores = scores_of(Y)
-    found = log_pi(Y, ascend(Y, followed(Y, scores, ["maxent"], entropy_coef=ALPHA)))
+    found = log_pi(Y, ascend(Y, followed(Y, scores, maxent=ALPHA)))
     close(found, (scores / ALPHA).log_softmax(0))
     close(ALPHA * found + ALPHA * (scores / ALPHA).logsumexp(0), scores)
     others = (3 * normal(1000, Y.count, seed=3)).log_softmax(1)
@@ -144,7 +146,7 @@ def rankings(K=4):
 def test_eq_11_eq_12_c_3_plackett_luce_from_the_policy():
     """Responses of one length L = 3, so that beta = alpha L makes the length-normalised s of simpo_pl the paper's s = alpha log pi*."""
     scores, order = scores_of(EVEN), rankings()
-    losses, rewards = simpo_pl(optimum(EVEN, scores)[0][order], None, EVEN.mask[0][order], beta=ALPHA * 3)
+    losses, rewards = simpo_pl(optimum(EVEN, scores)[0][order], None, EVEN.mask[0][order], beta=ALPHA * 3, gamma=0.0)
     close((-losses).exp(), plackett_luce(scores[order]), atol=1e-12)
     close(rewards + ALPHA * (scores / ALPHA).logsumexp(0), scores[order], atol=1e-12)
 
@@ -153,7 +155,7 @@ def test_c_3_simpo_pl_is_a_distribution_over_rankings():
     """Lengths 1 to 3, any policy: the probabilities of all rankings sum to one and equal eq. 12 with s = (beta / |y|) log pi."""
     order = rankings()
     logprobs = Y.logprobs(random_logits(Y, 4).detach())
-    losses, _ = simpo_pl(logprobs[0][order], None, Y.mask[0][order], beta=2.0)
+    losses, _ = simpo_pl(logprobs[0][order], None, Y.mask[0][order], beta=2.0, gamma=0.0)
     close((-losses).exp().sum(), 1.0, atol=1e-12)
     close((-losses).exp(), plackett_luce(2.0 * mean_logprobs(logprobs, Y.mask)[0][order]), atol=1e-12)
 
@@ -203,7 +205,7 @@ def test_c_5_lemma_1_same_class_same_preferences():
 def test_c_5_lemma_2_same_class_same_optimum():
     """r' = r + f(x): the same gradient everywhere, the same leave-one-out advantages, the same policy in the end."""
     scores, logits = scores_of(Y), random_logits(Y, 8)
-    objectives = [followed(Y, r, ["maxent"], entropy_coef=ALPHA) for r in (scores, scores + 3.3)]
+    objectives = [followed(Y, r, maxent=ALPHA) for r in (scores, scores + 3.3)]
     close(*(gradient(Y, objective, logits) for objective in objectives), atol=1e-12)
     close(leave_one_out(scores[None] + 3.3), leave_one_out(scores[None]), atol=1e-12)
     close(*(log_pi(Y, ascend(Y, objective)) for objective in objectives))
@@ -217,7 +219,7 @@ def projected(scores, alpha=ALPHA):
 def test_c_6_theorem_1_every_class_has_the_form_alpha_log_pi():
     """f(r, alpha) is in the class of r, equals alpha log pi_r, is the same for the whole class, and projecting twice changes nothing."""
     scores = scores_of(Y)
-    found = log_pi(Y, ascend(Y, followed(Y, scores, ["maxent"], entropy_coef=ALPHA)))
+    found = log_pi(Y, ascend(Y, followed(Y, scores, maxent=ALPHA)))
     close(projected(scores), ALPHA * found)
     close((projected(scores) - scores).std(), 0.0, atol=1e-12)
     close(projected(scores + 3.3), projected(scores), atol=1e-12)
@@ -244,7 +246,7 @@ def test_section_4_2_1_minimum_entropy_optimum_is_deterministic():
     """Without KL, E[r] + c E[(1/|y|) log pi] <= max r, as the bonus is never positive, and it is max r only where pi is 1 on the best
     response. But every deterministic policy attracts: next to the worst one too the step leads to it, as all others pay c log pi."""
     scores, c = scores_of(Y), 1.0
-    objective = followed(Y, scores, ["minent_length"], entropy_coef=c)
+    objective = followed(Y, scores, minent_length=c)
     for spread in (0.1, 1.0, 5.0):
         for seed in range(100):
             logits = spread * random_logits(Y, seed).detach()
@@ -267,7 +269,7 @@ def test_section_4_2_1_minimum_entropy_with_kl():
     - (beta - c) log pi is constant, so pi = (exp(r) pi_ref^beta)^(1 / (beta - c)) / Z: sharper than the KL-constrained optimum."""
     beta, c, scores = 1.5, 0.5, scores_of(EVEN)
     ref = EVEN.logprobs(0.4 * random_logits(EVEN, 10).detach())
-    found = ascend(EVEN, followed(EVEN, scores, ["kl", "minent_length"], kl_coef=beta, entropy_coef=c * 3, ref_logprobs=ref))
+    found = ascend(EVEN, followed(EVEN, scores, kl=beta, minent_length=c * 3, ref_logprobs=ref))
     close(log_pi(EVEN, found), ((scores + beta * log_pi(EVEN, ref)) / (beta - c)).log_softmax(0))
 
 
@@ -320,7 +322,7 @@ def test_beyond_eq_7_maximiser_of_the_objective_has_an_extra_length_term():
 def test_beyond_eq_7_fixed_point_of_rloo_has_the_simpo_margin():
     """(b): r_w - r_l = beta (m_w - m_l) where RLOO with eq. 7 comes to rest; pi(y) = exp(|y| (r - lambda) / beta), one lambda for all."""
     scores = scores_of(Y)
-    found = ascend(Y, followed(Y, scores, ["maxent_length"], entropy_coef=BETA))
+    found = ascend(Y, followed(Y, scores, maxent_length=BETA))
     close(margins(Y, found, scores, BETA)[0], torch.zeros(Y.count * (Y.count - 1)))
     low, high = -10.0, 10.0  # lambda by bisection: the total probability falls with it
     for _ in range(60):
@@ -333,7 +335,7 @@ def test_beyond_eq_7_fixed_point_of_rloo_has_the_simpo_margin():
 def test_beyond_eq_7_rloo_climbs_the_objective_plus_a_bonus_for_short_answers():
     """grad of (b) = grad of J + beta E[1/|y|] at any policy; and the policy of (b) is shorter than the policy of (a)."""
     scores, logits = scores_of(Y), random_logits(Y, 11)
-    rloo, objective = followed(Y, scores, ["maxent_length"], entropy_coef=BETA), length_normalised_objective(Y, scores, BETA)
+    rloo, objective = followed(Y, scores, maxent_length=BETA), length_normalised_objective(Y, scores, BETA)
 
     def with_bonus(logprobs):
         return objective(logprobs) + (log_pi(Y, logprobs).exp() * BETA / Y.lengths).sum()
@@ -349,7 +351,7 @@ def test_beyond_eq_7_rloo_climbs_the_objective_plus_a_bonus_for_short_answers():
 def test_beyond_eq_7_with_equal_lengths_the_two_coincide():
     """All of length 3: both are softmax(r L / beta), the MaxEnt optimum of eq. 3 with alpha = beta / L."""
     beta, scores = 3.0, scores_of(EVEN)
-    objective, rloo = length_normalised_objective(EVEN, scores, beta), followed(EVEN, scores, ["maxent_length"], entropy_coef=beta)
+    objective, rloo = length_normalised_objective(EVEN, scores, beta), followed(EVEN, scores, maxent_length=beta)
     logits = random_logits(EVEN, 12)
     close(gradient(EVEN, objective, logits), gradient(EVEN, rloo, logits), atol=1e-12)
     a, b = (log_pi(EVEN, ascend(EVEN, f)) for f in (objective, rloo))

@@ -335,27 +335,134 @@ def test_ties_limit_and_overwrite(tmp_path, tiny_file, capsys):
     assert {name: len(table) for name, table in tables.items() if name != "other"} == sizes and "other" in tables
 
 
-def test_hub_files_are_those_of_the_parquet_branch(tmp_path, tiny_file, monkeypatch):
-    """A stand-in for the hub: comparisons/train and tldr_3_filtered/train come in two shards."""
-    expected, asked = prepare(tmp_path, tiny_file, source_rows()), []
+INFO = pa.struct([(name, pa.string()) for name in "id post title subreddit site article".split()])
+SUMMARY = pa.struct([(name, pa.string()) for name in "text policy note".split()])
+HUB_SCHEMA = {  # the columns and types that the two data sets have on the hub
+    "tldr_3_filtered": pa.schema([(name, pa.string()) for name in "id subreddit title post summary".split()]),
+    "comparisons": pa.schema([("info", INFO), ("summaries", pa.list_(SUMMARY)), ("choice", pa.int32()), ("worker", pa.string()),
+                              ("batch", pa.string()), ("split", pa.string()), ("extra", pa.struct([("confidence", pa.int32())]))]),
+}
+
+
+def from_hub(tmp_path: Path, tokenizer: str, rows: dict[str, list[dict]], monkeypatch, **options) -> tuple[dict[str, list[dict]], list]:
+    """Tables prepared from a stand-in for the hub, and what it was asked: comparisons/train and tldr_3_filtered/train come in two shards."""
+    asked = []
 
     def download(repo, *, repo_type, revision, allow_patterns):
         asked.append((repo, repo_type, revision, allow_patterns))
         folder, config = ("comparisons", "comparisons") if repo.startswith("openai/") else ("tldr_3_filtered", "default")
         split = allow_patterns.split("/")[1]
-        rows, target = source_rows()[f"{folder}/{split}"], tmp_path / "hub" / folder / config / split
+        table, target = rows[f"{folder}/{split}"], tmp_path / "hub" / folder / config / split
         target.mkdir(parents=True, exist_ok=True)
-        for i, shard in enumerate((rows[:3], rows[3:]) if split == "train" else (rows,)):
-            pq.write_table(pa.Table.from_pylist(shard), target / f"000{i}.parquet")
+        for i, shard in enumerate((table[:3], table[3:]) if split == "train" else (table,)):
+            pq.write_table(pa.Table.from_pylist(shard, HUB_SCHEMA[folder]), target / f"000{i}.parquet")
         return str(tmp_path / "hub" / folder)
 
     monkeypatch.setattr(tldr, "snapshot_download", download)
-    main(Config(out_dir=str(tmp_path / "hub_out"), tokenizer=tiny_file))
-    assert {path.stem: pq.read_table(path).to_pylist() for path in (tmp_path / "hub_out").glob("*.parquet")} == expected
+    main(Config(out_dir=str(tmp_path / "hub_out"), tokenizer=tokenizer, **options))
+    return {path.stem: pq.read_table(path).to_pylist() for path in (tmp_path / "hub_out").glob("*.parquet")}, asked
+
+
+def test_hub_files_are_those_of_the_parquet_branch(tmp_path, tiny_file, monkeypatch):
+    tables, asked = from_hub(tmp_path, tiny_file, source_rows(), monkeypatch)
+    assert tables == prepare(tmp_path, tiny_file, source_rows())
     assert ("openai/summarize_from_feedback", "dataset", "refs/convert/parquet", "comparisons/train/*.parquet") in asked
     monkeypatch.setattr(tldr, "snapshot_download", lambda repo, **_: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(UserError, match="cannot download vwxyzjn/summarize_from_feedback_tldr_3_filtered: no network; --source="):
         main(Config(out_dir=str(tmp_path / "hub_out2"), tokenizer=tiny_file))
+
+
+def test_five_comparisons_without_an_id_are_prepared_to_the_end(tmp_path, tiny_file, monkeypatch):
+    """As on the hub: the last rows of comparisons/validation, batch edit_b2_eval_test, have no id."""
+    rows, nameless = source_rows(), [pair(20 + i, "edit_b2_eval_test") for i in range(5)]
+    for made in nameless:
+        made["info"]["id"] = None
+    rows["comparisons/validation"] += nameless
+    tables, _ = from_hub(tmp_path, tiny_file, rows, monkeypatch)
+    assert json.loads((tmp_path / "hub_out/meta.json").read_text())["splits"]["pairs_validation"] == 9
+    assert [r["id"] for r in tables["pairs_validation"]] == ["c3", "c4", "c8", "c9"] + [""] * 5
+    named = source_rows()
+    named["comparisons/validation"] += [pair(20 + i, "edit_b2_eval_test") for i in range(5)]
+    expected = prepare(tmp_path, tiny_file, named)
+    assert all(r | {"id": ""} == e | {"id": ""} for r, e in zip(tables["pairs_validation"], expected["pairs_validation"], strict=True))
+    assert all(tables[name] == expected[name] for name in expected if name != "pairs_validation")
+
+
+OPTIONAL = {  # column: the columns of the prepared table that then hold a default
+    "id": {"id": ""}, "info.id": {"id": ""}, "info.site": {}, "info.article": {}, "worker": {}, "split": {"split": ""},
+    "extra": {"confidence": -1}, "extra.confidence": {"confidence": -1}, "summaries.0.note": {},
+    "summaries.0.policy": {"rejected_policy": ""}, "summaries.1.policy": {"chosen_policy": ""},
+}
+
+
+def change(made: dict, column: str, missing: bool) -> dict:
+    """A copy of the row without that column, or with null in it."""
+    made = json.loads(json.dumps(made))
+    *path, last = column.split(".")
+    item = made
+    for key in path:
+        item = item[int(key) if key.isdigit() else key]
+    if missing:
+        del item[last]
+    else:
+        item[last] = None
+    return made
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["null", "missing"])
+@pytest.mark.parametrize("column", OPTIONAL)
+def test_what_no_prompt_needs_may_be_null_or_missing(tmp_path, tiny_file, column, missing):
+    name, table = ("tldr_3_filtered/test", "sft_test") if column == "id" else ("comparisons/train", "pairs_train")
+    whole = sft(1) if column == "id" else pair(1)
+    rows = source_rows() | {name: [whole, change(whole, column, missing)]}
+    full, lacking = prepare(tmp_path, tiny_file, rows, "jsonl")[table]
+    assert lacking == full | OPTIONAL[column]
+
+
+@pytest.mark.parametrize("column", ["info.post", "info.title", "info.subreddit"])
+def test_an_article_needs_nothing_of_a_reddit_post(tmp_path, tiny_file, column):
+    rows = source_rows() | {"comparisons/validation": [pair(1, "cnndm2"), change(pair(1, "cnndm2"), column, True)]}
+    full, lacking = prepare(tmp_path, tiny_file, rows, "jsonl")["pairs_validation_cnndm"]
+    assert lacking == full
+
+
+def test_a_bad_row_is_named_before_anything_is_tokenised_or_removed(tmp_path, tiny_file, monkeypatch):
+    prepare(tmp_path, tiny_file, source_rows(), "jsonl")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()}
+    rows = source_rows()
+    rows["comparisons/validation"].append(pair(11, info=pair(11)["info"] | {"title": None}))
+    monkeypatch.setattr(tldr, "encode", lambda *args: pytest.fail("tokenised"))
+    with pytest.raises(UserError, match="comparisons/validation.jsonl, row 11: column 'info.title' is null, which is no str"):
+        prepare(tmp_path, tiny_file, rows, "jsonl", overwrite=True, limit=2)  # the limit hides no fault
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()} == before
+
+
+def test_a_written_end_of_text_is_counted(tmp_path, tiny_file, capsys):
+    rows = source_rows()
+    rows["tldr_3_filtered/train"][0]["post"] += EOS
+    for i, side in ((0, 0), (0, 1), (3, 1)):  # a pair with two of them counts once
+        rows["comparisons/train"][i]["summaries"][side]["text"] += f" {EOS} left"
+    tables = prepare(tmp_path, tiny_file, rows)
+    counted = {name: table["eos_in_text"] for name, table in json.loads((tmp_path / "out_parquet/meta.json").read_text())["tables"].items()}
+    assert counted == dict.fromkeys(counted, 0) | {"sft_train": 1, "pairs_train": 2}
+    assert f"3 rows with {EOS} in a text: kept as text" in capsys.readouterr().out
+    assert tables["pairs_train"][0]["chosen"].endswith(f"{EOS} left") and tables["pairs_train"][0]["chosen_token"].count(0) == 1
+
+
+def test_a_batch_with_two_names_is_counted_and_once_on_request(tmp_path, tiny_file, capsys):
+    rows = source_rows()
+    twice = [pair(i, batch) for batch in tldr.SAME_BATCHES for i in range(30, 33)]
+    other = [pair(30, "cnndm2"), pair(30, "cnndm0")]  # a repetition within a batch, or in a third one, may be another worker's
+    rows["comparisons/validation"] = [pair(3), *twice, *other]
+    kept = prepare(tmp_path, tiny_file, rows)["pairs_validation_cnndm"]
+    assert [r["id"] for r in kept] == ["c30", "c31", "c32"] * 2 + ["c30", "c30"]
+    out = capsys.readouterr().out
+    assert "4 pairs in both of the CNN/DM batches batch0_cnndm and cnndm0: kept, as in N+; --cnndm_once drops them" in out
+    once = prepare(tmp_path, tiny_file, rows, overwrite=True, cnndm_once=True)["pairs_validation_cnndm"]
+    assert [(r["id"], r["batch"]) for r in once] == [("c30", "batch0_cnndm"), ("c31", "batch0_cnndm"), ("c32", "batch0_cnndm"), ("c30", "cnndm2")]
+    meta = json.loads((tmp_path / "out_parquet/meta.json").read_text())
+    assert meta["tables"]["pairs_validation_cnndm"]["repeated"] == 4 and meta["tables"]["pairs_validation"]["repeated"] == 0
+    assert "batch0_cnndm and cnndm0: dropped" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- errors
@@ -365,13 +472,19 @@ def without(made: dict, column: str) -> dict:
 
 BAD = {
     "no summary": ("tldr_3_filtered/train", [without(sft(1), "summary")], "train.jsonl, row 1: no column 'summary'"),
-    "null post": ("tldr_3_filtered/test", [sft(1), sft(2, post=None)], "test.jsonl, row 2: column 'post' is 'None', which is no str"),
+    "null post": ("tldr_3_filtered/test", [sft(1), sft(2, post=None)], "test.jsonl, row 2: column 'post' is null, which is no str"),
     "no rows": ("tldr_3_filtered/validation", [], "validation.jsonl: no rows"),
     "no choice": ("comparisons/train", [without(pair(1), "choice")], "train.jsonl, row 1: no column 'choice'"),
     "choice 2": ("comparisons/train", [pair(1, choice=2)], "train.jsonl, row 1: column 'choice' is 2 of 2 summaries"),
     "no text": ("comparisons/train", [pair(1, summaries=[{}, {}])], "train.jsonl, row 1: no column 'summaries.1.text'"),
     "no article": ("comparisons/validation", [pair(1, "cnndm0", info={})], "validation.jsonl, row 1: no column 'info.article'"),
-    "no extra": ("comparisons/validation", [without(pair(1), "extra")], "validation.jsonl, row 1: no column 'extra'"),
+    "null summary": ("tldr_3_filtered/train", [sft(1, summary=None)], "train.jsonl, row 1: column 'summary' is null, which is no str"),
+    "null text": ("comparisons/train", [change(pair(1), "summaries.0.text", False)], "row 1: column 'summaries.0.text' is null, which is no str"),
+    "null subreddit": ("comparisons/train", [change(pair(1), "info.subreddit", False)], "row 1: column 'info.subreddit' is null"),
+    "null article": ("comparisons/validation", [change(pair(1, "cnndm0"), "info.article", False)], "row 1: column 'info.article' is null"),
+    "null choice": ("comparisons/train", [pair(1, choice=None)], "train.jsonl, row 1: column 'choice' is null, which is no int"),
+    "null batch": ("comparisons/validation", [pair(1, batch=None)], "validation.jsonl, row 1: column 'batch' is null, which is no str"),
+    "a worker's text as confidence": ("comparisons/train", [pair(1, extra={"confidence": "7"})], "column 'extra.confidence' is '7', which is no int"),
     "long title": ("tldr_3_filtered/train", [sft(1, title="dog " * 600)], "train.jsonl, row 1: column 'post' is cut to nothing"),
     "no object": ("comparisons/train", [3], "train.jsonl, row 1: cannot be read"),
 }

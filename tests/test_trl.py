@@ -29,6 +29,7 @@ import train_simpo
 from data import toy
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, save_pretrained
+from rlhf.rewards import parse_reward
 from tests.util import our_name
 
 N, K = 4, 4  # prompts (or pairs) in the one batch, responses per prompt
@@ -142,7 +143,7 @@ def our_rloo(world: Path, out: Path, completions: dict, monkeypatch, **options):
     monkeypatch.setattr(train_rloo, "generate_all", generate_all)
     monkeypatch.setitem(train_rloo.ADVANTAGES, "seen", advantages)
     setting = dict(model=str(world / "policy"), ref_model=str(world / "reference"), reward_model=str(world / "rm"), advantage="seen", k=K,
-                   batch_size=N * K, episodes=N * K, ppo_epochs=1, response_tokens=limit(world), kl_coef=0.05, temperature=0.7, clip=0.2,
+                   batch_size=N * K, episodes=N * K, ppo_epochs=1, response_tokens=limit(world), reward="kl:0.05", temperature=0.7, clip=0.2,
                    micro_batch_tokens=300)
     metrics, weights = ours(train_rloo, out, world / "data", **{**setting, **options})
     return metrics, weights, {tuple(p): a for p, a in zip(seen["prompts"], torch.cat(seen["advantages"]))}
@@ -394,6 +395,7 @@ def test_defaults_of_trl_that_an_ablation_has_to_know():
     assert (rloo.num_iterations, mine.ppo_epochs) == (1, 4)
     assert (rloo.max_grad_norm, mine.max_grad_norm) == (1.0, 0.0)
     assert (rloo.adam_epsilon, mine.adam_eps) == (1e-8, 1e-5)
-    assert (rloo.beta, rloo.num_generations, rloo.epsilon) == (mine.kl_coef, mine.k, mine.clip)
+    assert parse_reward(mine.reward) == {"score": 1.0, "kl": rloo.beta}
+    assert (rloo.num_generations, rloo.epsilon) == (mine.k, mine.clip)
     assert not hasattr(rloo, "missing_eos_penalty") and mine.missing_eos == "replace"
     assert CPOConfig(output_dir="x", bf16=False, use_cpu=True).cpo_alpha == 1.0
