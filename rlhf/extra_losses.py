@@ -1,8 +1,7 @@
-"""Losses that take more than two responses, or read more about them than their log-probs.
+"""Losses that read more about the responses than their log-probs.
 
-The signature and its rules are in losses.py, the notation in pair_losses.py. What a loss reads beside log-
-probs is a keyword without a number for its default. Every one of them may be left out: what the loss is
-then, it says.
+The signature and its rules are in losses.py, the notation in pair_losses.py. What a loss reads beside
+log-probs has None for its default, and may be left out: each loss says what it is then.
 """
 
 import torch
@@ -13,35 +12,6 @@ from rlhf.masked import masked_mean, masked_sum, mean_logprobs, seq_logprobs
 from rlhf.pair_losses import log1mexp, margin, seq_log_ratios, smoothed
 
 
-def check_ranking(name: str, K: int) -> None:
-    if K < 2:
-        raise UserError(f"the loss {name} ranks at least 2 responses per prompt, got {K}")
-
-
-# --- K >= 2 ranked responses, best first
-
-
-def simpo_pl(logprobs, _, mask, *, beta=2.0, gamma=0.5):
-    """SimPO on K >= 2 ranked responses, best first: -log p(ranking) under Plackett-Luce, with s = beta m.
-
-        sum_k  log( exp(s_k - gamma) + sum_{j>k} exp(s_j) ) - (s_k - gamma)          eq. 12 and the loss
-               after it
-
-    The paper gives no margin for rankings. A ranking is K - 1 choices, each of one winner among the
-    competitors that are left; here the winner's term is lowered by gamma in its own choice, and nowhere
-    else, so it has to beat every later competitor by gamma. At K = 2 this is -log sigmoid(s_1 - s_2 -
-    gamma), which is `simpo`. With gamma = 0 the probabilities of all K! rankings sum to one.
-    """
-    K = logprobs.shape[1]
-    check_ranking("simpo_pl", K)
-    rewards = beta * mean_logprobs(logprobs, mask)  # (N, K)
-    own = torch.eye(K, dtype=rewards.dtype, device=rewards.device)  # (choice k, response j)
-    competitors = rewards[:, None, :] - gamma * own  # (N, choice k, response j)
-    already_ranked = torch.ones(K, K, dtype=torch.bool, device=rewards.device).tril(-1)  # (K, K): j < k
-    log_normalizers = competitors.masked_fill(already_ranked, float("-inf")).logsumexp(-1)  # (N, K)
-    return (log_normalizers - competitors.diagonal(dim1=1, dim2=2)).sum(-1), rewards.detach()
-
-
 def rrhf(logprobs, _, mask, *, sft_coef=1.0, scores=None):
     """RRHF (arXiv 2304.05302): sum over r_i < r_j of max(0, m_i - m_j), minus sft_coef m_best.
 
@@ -50,17 +20,16 @@ def rrhf(logprobs, _, mask, *, sft_coef=1.0, scores=None):
     The NLL is a mean over the response's tokens; the official code divides by the padded length, the text
     sums. At K = 2 the ranking term is the hinge of `slic` with delta 0, on means.
     """
-    check_ranking("rrhf", logprobs.shape[1])
+    K = logprobs.shape[1]
+    if K < 2:
+        raise UserError(f"the loss rrhf ranks at least 2 responses per prompt, got {K}")
     means = mean_logprobs(logprobs, mask)  # (N, K)
     if scores is None:
-        scores = -torch.arange(means.shape[1], device=means.device).expand(means.shape)  # (N, K)
+        scores = -torch.arange(K, device=means.device).expand(means.shape)  # (N, K)
     worse = scores[:, :, None] < scores[:, None, :]  # (N, i, j): i is worse than j
     excess = F.relu(means[:, :, None] - means[:, None, :])  # (N, i, j)
     best = means.gather(1, scores.argmax(1, keepdim=True))[:, 0]  # (N,)
     return torch.where(worse, excess, 0).sum((1, 2)) - sft_coef * best, means.detach()
-
-
-# --- a pair and what is known of it
 
 
 def osp(logprobs, ref_logprobs, mask, *, beta=0.1, label_smoothing=0.0, labels=None):

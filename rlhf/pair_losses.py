@@ -49,35 +49,6 @@ def mean_log_ratios(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Ten
 # --- against a reference
 
 
-def dpo(logprobs, ref_logprobs, mask, *, beta=0.05, label_smoothing=0.0):
-    """-log sigmoid(beta h) (2.2), as in the DPO repository; beta of vwxyzjn/summarize_from_feedback_details.
-
-    With ref_logprobs = 0 it is the paper's C.2, SimPO without length normalisation and margin: `dpo_free`.
-    """
-    rewards = beta * seq_log_ratios(logprobs, ref_logprobs, mask)  # (N, 2)
-    return smoothed(margin(rewards), label_smoothing), rewards.detach()
-
-
-def dpo_length(logprobs, ref_logprobs, mask, *, beta=2.0, gamma=0.0, label_smoothing=0.0):
-    """Length-normalised DPO: -log sigmoid(beta [(m_w - m_l) - (m_ref,w - m_ref,l)] - gamma).
-
-    It is SimPO with the reference's own margin beta (m_ref,w - m_ref,l), different for every pair, added to
-    the fixed gamma: the step between SimPO and DPO that the paper's 4.3 is about. With gamma = 0 it is
-    Tulu 3's eq. 6 (arXiv 2411.15124), TRL's sigmoid_norm.
-    """
-    rewards = beta * mean_log_ratios(logprobs, ref_logprobs, mask)  # (N, 2)
-    return smoothed(margin(rewards) - gamma, label_smoothing), rewards.detach()
-
-
-def ipo(logprobs, ref_logprobs, mask, *, beta=0.05):
-    """(h - 1/(2 beta))^2: eq. 17 of IPO (arXiv 2310.12036, its tau is beta), sums over tokens.
-
-    As in the paper's text, the DPO repository and TRL's online trainers; `ipo_length` is the other reading.
-    """
-    log_ratios = seq_log_ratios(logprobs, ref_logprobs, mask)  # (N, 2)
-    return (margin(log_ratios) - 1 / (2 * beta)) ** 2, (beta * log_ratios).detach()
-
-
 def ipo_length(logprobs, ref_logprobs, mask, *, beta=0.1):
     """`ipo` with both log-ratios divided by their lengths, as in TRL's DPOTrainer, HALOs and oat.
 
@@ -140,16 +111,6 @@ def slic(logprobs, _, mask, *, delta=1.0, sft_coef=0.1, target=None):
     rewards = seq_logprobs(logprobs, mask)  # (N, 2)
     losses = F.relu(delta - margin(rewards))
     return losses if target is None else losses - sft_coef * target, rewards.detach()
-
-
-def simpo(logprobs, _, mask, *, beta=2.0, gamma=0.5, label_smoothing=0.0):
-    """-log sigmoid(beta (m_w - m_l) - gamma): the paper's loss at the end of 3.2.
-
-    Its alpha is beta here. gamma is absolute, in nats of reward, as in the paper and in TRL (simpo_gamma);
-    the SimPO repository's gamma_beta_ratio is gamma / beta.
-    """
-    rewards = beta * mean_logprobs(logprobs, mask)  # (N, 2)
-    return smoothed(margin(rewards) - gamma, label_smoothing), rewards.detach()
 
 
 def alphapo(logprobs, _, mask, *, beta=2.5, alpha=0.25, gamma=0.25):

@@ -261,12 +261,31 @@ def test_padding_changes_nothing(name):
     assert (found[..., -3:] == 0).all()
 
 
+@each_loss
+def test_every_option_matters_and_its_default_is_what_leaving_it_out_means(name):
+    K = 3 if name in RANKED else 2
+    logprobs, ref_logprobs, mask = batch(K=K)
+    more, options = random_extras(name, K=K), options_of(name)
+    if name == "gammapo_dpo":
+        options = {"beta": 2.0, "gamma": 4.0, "tau": 0.5}  # so that the margins differ
+
+    def loss(**options):
+        return LOSSES[name](logprobs, ref_logprobs, mask, **options, **more)[0]
+
+    assert torch.equal(loss(), loss(**defaults(LOSSES[name])))
+    if "target_margins" in more:  # given, gamma and tau have decided them
+        more.clear()
+    for option, value in options.items():
+        changed = {option: 1 if option == "top_k" else value / 2}
+        assert (loss(**options) - loss(**options | changed)).abs().max() > WRONG, option
+
+
 # --- gradients
 
 @each_loss
 def test_gradcheck(name):
-    """Of what is stopped by definition, gamma-PO's margins are given, AMoPO has one weight, 1, CRINGE's gate is
-    divided out; ConfPO's choice of tokens does not change within a small step."""
+    """Of what is stopped by definition, gamma-PO's margins are given, AMoPO has one weight, 1, the gate of
+    CRINGE is divided out; ConfPO's choice of tokens does not change within a small step."""
     K = 3 if name in RANKED else 2
     policy, reference = ragged(N=3, K=K, R=5)
     logprobs, mask = padded(policy, -1.0)
