@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import rlhf.policy
+import train_online
 import train_rloo
 import train_rm
 import train_sft
@@ -53,10 +54,15 @@ def configs(out: Path) -> dict:
         train_rloo: train_rloo.Config(**io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "rloo"), lr=1e-3, k=2, batch_size=16,
                                       episodes=64, ppo_epochs=2, response_tokens=12, eval_rows=8, reward="kl+maxent_length:0.1"),
         train_simpo: train_simpo.Config(**io, model=str(out / "sft"), out_dir=str(out / "simpo"), loss="dpo", lr=1e-3, batch_size=16, eval_rows=8),
+        train_online: train_online.Config(
+            **io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "online"), lr=1e-3, k=4,
+            opponent=0.5, label="sampled", epochs=2, round_updates=3, move_reference=True, explore=0.01,
+            temperature=1.0, batch_size=32, episodes=128, response_tokens=12, eval_rows=8,
+        ),
     }
 
 
-SCRIPTS = [train_sft, train_rm, train_rloo, train_simpo]
+SCRIPTS = [train_sft, train_rm, train_rloo, train_simpo, train_online]
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
 
@@ -127,6 +133,7 @@ def test_results_hold_the_numbers_they_promise(world):
     assert {"accuracy", "longer_wins_accuracy", "pairs"} <= result[train_rm].keys() and result[train_rm]["pairs"] == 16
     assert {"scores", "kl", "greedy/gold"} <= result[train_rloo].keys()
     assert {"eval/loss", "eval/accuracies", "eval/ref_margin", "greedy/gold"} <= result[train_simpo].keys()
+    assert {"scores", "kl", "entropy", "greedy/gold"} <= result[train_online].keys()
 
 
 def test_reward_model_has_mean_zero_on_the_references(world):
@@ -410,7 +417,7 @@ def call(cwd: Path, script: str, *args):
     return subprocess.run([sys.executable, ROOT / f"{script}.py", *args], capture_output=True, text=True, cwd=cwd)
 
 
-@pytest.mark.parametrize("name", ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate"])
+@pytest.mark.parametrize("name", ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "evaluate"])
 def test_command_line(name, tmp_path):
     """--help explains every option; an unknown option or value is exit code 2 and one line."""
     fields = importlib.import_module(name).Config.__dataclass_fields__
