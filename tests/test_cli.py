@@ -385,7 +385,7 @@ def test_finished_run(cfg, capsys):
 # --- every script, and the presets
 
 
-SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "evaluate", "study.best_of_n", "study.plot",
+SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "sample", "evaluate", "study.best_of_n", "study.plot",
            "study.results", "data.toy", "data.tldr"]
 
 

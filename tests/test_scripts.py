@@ -172,11 +172,11 @@ def test_metrics_of_rloo_agree_with_each_other(world):
 @pytest.mark.parametrize("ppo_epochs", [1, 2])
 def test_the_log_is_json_whatever_the_ratios_are(world, tmp_path, monkeypatch, ppo_epochs, factor, known):
     """A ratio of 1e23 has a variance, an infinite one has none: null. Neither word of Python, Infinity and NaN, is JSON."""
-    def far(*args):
-        losses, stats = rlhf.policy.clipped_policy_loss(*args)
+    def far(*args, **options):
+        losses, stats = rlhf.policy.clipped_policy_loss(*args, **options)
         return losses, {**stats, "ratio": stats["ratio"] * factor}
 
-    monkeypatch.setattr(train_rloo, "clipped_policy_loss", far)
+    monkeypatch.setitem(rlhf.policy.POLICY_LOSSES, "sequence", far)
     train_rloo.main(again(world, train_rloo, tmp_path / "run", episodes=16, ppo_epochs=ppo_epochs))
     text = (tmp_path / "run/metrics.jsonl").read_text()
     (line,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
@@ -417,7 +417,7 @@ def call(cwd: Path, script: str, *args):
     return subprocess.run([sys.executable, ROOT / f"{script}.py", *args], capture_output=True, text=True, cwd=cwd)
 
 
-@pytest.mark.parametrize("name", ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "evaluate"])
+@pytest.mark.parametrize("name", ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "sample", "evaluate"])
 def test_command_line(name, tmp_path):
     """--help explains every option; an unknown option or value is exit code 2 and one line."""
     fields = importlib.import_module(name).Config.__dataclass_fields__
