@@ -15,6 +15,7 @@ CPU, toy world (half a minute; kl about 1.6; gold up to 0.2, then 0.1):
 GPU, Pythia 1B (published win rate about 51 %): bash runs/paper_1b.sh
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -33,7 +34,7 @@ from rlhf.groups import micro_batches, pack
 from rlhf.logprobs import compile_kernels
 from rlhf.masked import masked_mean, masked_sum, seq_logprobs
 from rlhf.model import compile_layers
-from rlhf.policy import ADVANTAGES, clipped_policy_loss, k1, k2, k3
+from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.rewards import missing_eos, parse_reward, rlhf_reward
 from rlhf.run import Run
@@ -53,7 +54,8 @@ class Config:
     overwrite: bool = False  # replace an existing run in out_dir
     # reward
     reward: str = "kl"  # terms with coefficients, joined by '+': kl, maxent (eq. 6), maxent_length (eq. 7),
-    #   minent_length; a term without a coefficient has 0.05; the score is always there, with 1 (or score:0)
+    #   minent_length, chi2 (chi^2-RLHF), ref_logprob (sharpening); a term without a coefficient has 0.05;
+    #   the score is always there, with 1 (or score:0)
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
     #   the score of a response without EOS becomes -penalty, or loses penalty, or stays
     missing_eos_penalty: float = 1.0  # size of that penalty
@@ -65,7 +67,9 @@ class Config:
     episodes: int = 1_000_000  # responses sampled in the whole run
     batch_size: int = 512  # responses per update (prompts = batch_size / k)
     ppo_epochs: int = 4  # passes over each batch of responses, one optimizer step each
-    clip: float = 0.2  # clip range of the sequence ratio
+    policy_loss: str = "sequence"  # ratio of the policies: of the sequence, of each token (GRPO) or gspo
+    clip: float = 0.2  # clip range of the ratio
+    clip_high: float | None = None  # upper clip range (default: as --clip; DAPO 0.28)
     temperature: float = 0.7  # sampling temperature; all log-probs are taken at it
     top_p: float = 1.0  # nucleus of the sampling (1 = off; log-probs are those of the full distribution)
     response_tokens: int = 0  # longest response (0 = what the data says; 53 for TL;DR)
@@ -94,6 +98,8 @@ class Config:
 def check(cfg: Config) -> None:
     if cfg.advantage not in ADVANTAGES:
         raise UserError(f"--advantage={cfg.advantage}: known are {', '.join(ADVANTAGES)}")
+    if cfg.policy_loss not in POLICY_LOSSES:
+        raise UserError(f"--policy_loss={cfg.policy_loss}: known are {', '.join(POLICY_LOSSES)}")
     if cfg.k < 2:
         raise UserError(f"--k={cfg.k}: the leave-one-out baseline needs at least 2 responses per prompt")
     if not 0 < cfg.top_p <= 1:
@@ -105,10 +111,11 @@ def check(cfg: Config) -> None:
 
 
 def policy_gradient(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float, sequences: int,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+    loss_fn: Callable, sequences: int,
 ) -> dict[str, Tensor]:
     """Backward of the mean loss over `sequences`; what is logged of each of these, (n, K)."""
-    losses, stats = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip)  # (n, K)
+    losses, stats = loss_fn(logprobs, old_logprobs, advantages, mask)  # (n, K)
     (losses.sum() / sequences).backward()
     approxkl = k2(seq_logprobs(old_logprobs, mask), seq_logprobs(logprobs.detach(), mask))  # (n, K)
     squares = stats["ratio"] ** 2  # (n, K)
@@ -189,7 +196,8 @@ def main(cfg: Config) -> dict:
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)
-    learn = partial(policy_gradient, clip=cfg.clip, sequences=cfg.batch_size)
+    loss_fn = partial(POLICY_LOSSES[cfg.policy_loss], clip=cfg.clip, clip_high=cfg.clip_high)
+    learn = partial(policy_gradient, loss_fn=loss_fn, sequences=cfg.batch_size)
     objective = " + ".join(f"{coefficient:g} {name}" for name, coefficient in coefficients.items())
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; reward: {objective}; "
