@@ -5,9 +5,10 @@ r"""PPO with a critic: the algorithm that RLOO does without, for the same budget
     loss     = mean over tokens of max(-A rho, -A clip(rho, 1-eps, 1+eps)) + vf_coef x value loss
                rho = pi(y_t) / pi_old(y_t) per token; value loss clipped to V_old +- value_clip
 
-The recipe is summarize_from_feedback_details/ppo.py (github vwxyzjn; arXiv 2403.17031): the critic is a model of the
-reward model's size and starts from it; four passes; the score of a response without EOS is -1. There the score
-arrives one position after the EOS, here at it. The saved model is the policy alone; a checkpoint holds the critic.
+The recipe is summarize_from_feedback_details/ppo.py (github vwxyzjn; arXiv 2403.17031): the critic is a model
+of the reward model's size and starts from it; four passes; the score of a response without EOS is -1. There
+the score arrives one position after the EOS, here at it. The saved model is the policy alone; a checkpoint
+holds the critic too.
 CPU, toy world:
     python train_ppo.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm \
         --out_dir=out/toy/ppo --lr=3e-4 --k=1 --batch_size=128 --episodes=12800 --ppo_epochs=1 --temperature=1
@@ -28,10 +29,10 @@ from rlhf.config import UserError, command_line
 from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
 from rlhf.forward import response_scores, token_stats, token_values
 from rlhf.generate import generate_all
-from rlhf.groups import micro_batches, pack
+from rlhf.groups import Groups, micro_batches, pack
 from rlhf.logprobs import compile_kernels
 from rlhf.masked import masked_mean, masked_sum
-from rlhf.model import compile_layers
+from rlhf.model import NeoX, compile_layers
 from rlhf.policy import clipped_token_loss, clipped_value_loss, gae, k1, k2, k3, whiten
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.rewards import missing_eos
@@ -96,11 +97,49 @@ def check(cfg: Config) -> None:
         raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float,
+) -> Tensor:
     """(N, K, R): minus the KL term at every token, and the score (N, K) at the last one."""
     rewards = torch.where(mask, -kl_coef * k1(logprobs, ref_logprobs), 0.0)  # (N, K, R)
     last = mask.sum(-1, keepdim=True) - 1  # (N, K, 1)
     return rewards.scatter_add(-1, last, scores[..., None])
+
+
+@torch.no_grad()
+def score(
+    groups: Groups, ended: Tensor, policy: NeoX, critic: NeoX, reference: NeoX, reward_model: NeoX, cfg: Config,
+) -> dict[str, Tensor]:
+    """What is known of n prompts with K responses before the update: (n, K) or, per token, (n, K, R) each."""
+    mask = groups.response_mask  # (n, K, R)
+    raw_scores = response_scores(reward_model, groups)  # (n, K)
+    scores = missing_eos(raw_scores, ended, rule=cfg.missing_eos, penalty=cfg.missing_eos_penalty)
+    values = token_values(critic, groups)  # (n, K, R)
+    stats = token_stats(policy, groups, cfg.temperature, reference)  # (n, K, R) each
+    rewards = token_rewards(scores, stats.logprobs, stats.ref_logprobs, mask, cfg.kl_coef)  # (n, K, R)
+    advantages = gae(rewards, values, mask, cfg.gamma, cfg.lam)  # (n, K, R)
+    return {
+        "ended": ended, "mask": mask, "raw_scores": raw_scores, "scores": scores, "rewards": rewards,
+        "advantages": advantages, "old_values": values, "returns": advantages + values,
+        "old_logprobs": stats.logprobs, "ref_logprobs": stats.ref_logprobs, "entropy": stats.entropy,
+        "kl_full": stats.kl,
+    }
+
+
+def learn(
+    groups: Groups, scored: dict[str, Tensor], policy: NeoX, critic: NeoX, tokens: int, cfg: Config,
+) -> dict[str, Tensor]:
+    """Backward of the mean loss over the `tokens` of the whole batch; sums over these groups, for the log."""
+    mask, old_logprobs = scored["mask"], scored["old_logprobs"]
+    logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
+    values = token_values(critic, groups)  # (n, K, R)
+    losses, stats = clipped_token_loss(logprobs, old_logprobs, scored["whitened"], mask, cfg.clip)  # (n, K, R)
+    value_losses = clipped_value_loss(
+        values, scored["old_values"], scored["returns"], mask, cfg.value_clip
+    )  # (n, K, R)
+    ((losses.sum() + cfg.vf_coef * value_losses.sum()) / tokens).backward()
+    stats |= {"loss": losses, "value_loss": value_losses, "approxkl": k2(old_logprobs, logprobs)}
+    return {key: value.detach()[mask].double().sum() for key, value in stats.items()}
 
 
 def rollout_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
@@ -182,48 +221,23 @@ def main(cfg: Config) -> dict:
         slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("rollout")
 
-        # 2. scoring: reward, values, and log-probs under policy and reference
-        scored = []
-        for s in slices:
-            groups = pack_rows(prompts[s], responses[s])
-            mask = groups.response_mask  # (n, K, R)
-            with torch.no_grad():
-                raw_scores = response_scores(reward_model, groups)  # (n, K)
-                values = token_values(critic, groups)  # (n, K, R)
-                stats = token_stats(policy, groups, cfg.temperature, reference)  # (n, K, R) each
-            scores = missing_eos(raw_scores, ended[s], rule=cfg.missing_eos, penalty=cfg.missing_eos_penalty)
-            rewards = token_rewards(scores, stats.logprobs, stats.ref_logprobs, mask, cfg.kl_coef)  # (n, K, R)
-            advantages = gae(rewards, values, mask, cfg.gamma, cfg.lam)  # (n, K, R)
-            scored.append({
-                "ended": ended[s], "mask": mask, "old_logprobs": stats.logprobs, "old_values": values,
-                "ref_logprobs": stats.ref_logprobs, "entropy": stats.entropy, "kl_full": stats.kl,
-                "raw_scores": raw_scores, "scores": scores, "rewards": rewards, "advantages": advantages,
-                "returns": advantages + values,
-            })
+        # 2. scoring: reward, values, log-probs under policy and reference; advantages
+        groups = [pack_rows(prompts[s], responses[s]) for s in slices]
+        scored = [
+            score(g, ended[s], policy, critic, reference, reward_model, cfg) for g, s in zip(groups, slices)
+        ]
         batch = {key: torch.cat([part[key] for part in scored]) for key in scored[0]}  # (N, K, ...)
-        mask, old_logprobs = batch["mask"], batch["old_logprobs"]
-        advantages = whiten(batch["advantages"], mask)  # (N, K, R)
-        tokens = mask.sum().item()
+        batch["whitened"] = whiten(batch["advantages"], batch["mask"])  # (N, K, R)
+        tokens = batch["mask"].sum().item()
         timer.lap("scoring")
 
         # 3. update: ppo_epochs passes, one optimizer step each
         passes = []
         for _ in range(cfg.ppo_epochs):
             parts = []
-            for s in slices:
-                groups = pack_rows(prompts[s], responses[s])
-                logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
-                values = token_values(critic, groups)  # (n, K, R)
-                losses, stats = clipped_token_loss(
-                    logprobs, old_logprobs[s], advantages[s], mask[s], cfg.clip
-                )  # (n, K, R)
-                value_losses = clipped_value_loss(
-                    values, batch["old_values"][s], batch["returns"][s], mask[s], cfg.value_clip
-                )  # (n, K, R)
-                ((losses.sum() + cfg.vf_coef * value_losses.sum()) / tokens).backward()
-                approxkl = k2(old_logprobs[s], logprobs.detach())  # (n, K, R)
-                columns = {"loss": losses.detach(), "value_loss": value_losses.detach(), "approxkl": approxkl, **stats}
-                parts.append({key: value[mask[s]].double().sum() for key, value in columns.items()})
+            for g, s in zip(groups, slices):
+                own = {key: values[s] for key, values in batch.items()}
+                parts.append(learn(g, own, policy, critic, tokens, cfg))
             means = {key: sum(part[key].item() for part in parts) / tokens for key in parts[0]}
             means["grad_norm"] = optimizer_step(learners, optimizer, means["loss"], cfg.max_grad_norm, step)
             passes.append(means)

@@ -60,10 +60,10 @@ def clipped_policy_loss(
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation (arXiv 1506.02438): per token, (..., R) -> (..., R), 0 where mask is False.
+    """Generalised advantage estimation (arXiv 1506.02438), per token: (..., R) -> (..., R), 0 in the padding.
 
-    A_t = sum_{s>=t} (gamma lam)^(s-t) delta_s,  delta_t = reward_t + gamma V_{t+1} - V_t, with V = 0 after the
-    last token. lam = 1 and V = 0 give the sum of the rewards to come.
+    A_t = sum_{s>=t} (gamma lam)^(s-t) delta_s,  delta_t = reward_t + gamma V_{t+1} - V_t, with V = 0 after
+    the last token. lam = 1 and V = 0 give the sum of the rewards to come.
     """
     rewards = torch.where(mask, rewards, 0.0)
     values = torch.where(mask, values, 0.0)
@@ -78,7 +78,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all kept positions, (...) -> (...), 0 elsewhere (eps 1e-8, variance of the sample as
+    """Mean 0 and variance 1 over all kept positions, (...) -> (...), 0 elsewhere (with 1e-8 under the root, as
     in summarize_from_feedback_details/ppo.py)."""
     kept = values[mask]
     return torch.where(mask, (values - kept.mean()) / (kept.var() + 1e-8).sqrt(), 0.0)
@@ -87,7 +87,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def clipped_token_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss with one ratio per TOKEN: losses (N, K, R), and for the log {"ratio", "clipfrac"} (N, K, R).
+    """PPO's clipped loss with one ratio per TOKEN: losses (N, K, R), and for the log {"ratio", "clipfrac"}.
 
     Positions where mask is False hold 0 (a ratio of 1).
     """
@@ -99,10 +99,11 @@ def clipped_token_loss(
     return losses, {"ratio": ratio.detach().double(), "clipfrac": clipped}
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Squared error of the critic per token, (N, K, R), the larger one of V and of V clipped to old V +- clip, halved.
-
-    0 where mask is False (summarize_from_feedback_details/ppo.py).
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float,
+) -> Tensor:
+    """Half the squared error of the critic per token, (N, K, R), 0 in the padding: the larger one of V and of V
+    clipped to old V +- clip (summarize_from_feedback_details/ppo.py).
     """
     limited = old_values + (values - old_values).clamp(-clip, clip)
     error = torch.maximum((values - returns) ** 2, (limited - returns) ** 2)

@@ -60,7 +60,10 @@ class Run:
         return {"command": " ".join(sys.argv), "config": asdict(config), "commit": git.stdout.strip() or None, "torch": torch.__version__,
                 "device": device, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
-    def begin(self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None) -> int:
+    def begin(
+        self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None,
+        critic: NeoX | None = None,
+    ) -> int:
         """Now that data and models are known to be good, touches the directory: empties it (--overwrite) or restores its newest checkpoint (--resume),
         writes run.json, and returns the step to go on from."""
         if self.config.overwrite and self.out.exists():
@@ -81,6 +84,8 @@ class Run:
         except Exception as error:  # torch.load raises whatever zip and pickle raise
             raise UserError(f"{newest}/trainer.pt: not readable ({error}); remove that folder to resume the checkpoint before it") from error
         optimizer.load_state_dict(state["optimizer"])
+        if critic is not None:
+            critic.load_state_dict(state["critic"])
         torch.set_rng_state(state["rng"])
         if generator is not None:
             try:
@@ -106,7 +111,7 @@ class Run:
         self.bar.update(step - self.bar.n)
 
     def checkpoint(self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
-                   generator: torch.Generator | None = None) -> None:
+                   generator: torch.Generator | None = None, critic: NeoX | None = None) -> None:
         """Every --save_every steps: ckpt/step_N, a Hugging Face directory and trainer.pt, written aside and renamed; then old ones go (--keep)."""
         if not self.config.save_every or step % self.config.save_every:
             return
@@ -116,6 +121,8 @@ class Run:
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         if generator is not None:
             state["generator"] = generator.get_state()
+        if critic is not None:
+            state["critic"] = critic.state_dict()
         torch.save(state, aside / "trainer.pt")
         sync(aside)
         shutil.rmtree(final, ignore_errors=True)
