@@ -159,7 +159,8 @@ def main(cfg: Config) -> dict:
     device = setup(cfg.seed, cfg.device)
     coefficients = parse_reward(cfg.reward)
     N = cfg.batch_size // cfg.k  # prompts per update
-    R = cfg.response_tokens or read_meta(cfg.data_dir)["response_tokens"]  # longest response
+    meta = read_meta(cfg.data_dir)
+    R = cfg.response_tokens or meta["response_tokens"]  # longest response
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     columns = ["query_token", "facts"] if true_reward else ["query_token"]

@@ -1,7 +1,8 @@
-"""The page to look at: one HTML file with posts, references and the summaries of all checkpoints side by side. Opens from disk, no network.
+"""The page to look at: one HTML file with posts, references and the summaries of all checkpoints side by side.
 
-Texts reach the page as JSON in a <script type="application/json">, with <, > and & as \\u escapes, and its script shows them with
-textContent only: nothing that a post contains is ever read as HTML.
+It opens from disk, without a network. Texts reach the page as JSON in a <script type="application/json">, with <, >
+and & as \\u escapes, and its script shows them with textContent only: nothing that a post contains is ever read as
+HTML.
 """
 
 import html
@@ -12,12 +13,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 TEMPLATE = Path(__file__).parent / "page.html"
-NUMBERS = ("step", "win_rate", "win_rate_low", "win_rate_high", "lc_win_rate", "gold", "scores", "kl", "entropy", "rougeL",
-           "response_length", "eos_share")
+NUMBERS = (
+    "step", "win_rate", "win_rate_low", "win_rate_high", "lc_win_rate", "gold", "scores", "kl", "entropy",
+    "rougeL", "response_length", "eos_share",
+)
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token, such that they join to the text. A character that several tokens share goes to the last of them."""
+    """The text of each token, such that they join to the text. A character that several tokens share goes to
+    the last of them."""
     out, before = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], skip_special_tokens=False)
@@ -37,25 +41,35 @@ def number(value: float | None, digits: int = 4) -> float | None:
     return None if value is None or math.isnan(value) else round(value, digits)
 
 
-def page_data(rows: dict[str, list[dict]], results: list[dict], judges: list[str], tokenizer: Tokenizer, limit: int) -> dict:
-    """{checkpoints: [numbers], judges, posts: [{query, reference, summaries: one per checkpoint}]}, the first `limit` posts (0 = all)."""
-    names = list(rows)
+def summary_entry(row: dict, judges: list[str], tokenizer: Tokenizer) -> dict:
+    """One summary on the page; with a reference model each token has its log-ratio."""
+    entry = {
+        "text": row["summary"], "length": row["response_length"], "ended": row["ended"],
+        "gold": number(row.get("gold")), "score": number(row.get("scores")), "pieces": None, "ratios": None,
+        "preferences": [number(row[f"preference/{judge}"]) for judge in judges],
+        "answers": [row.get(f"answers/{judge}") or [] for judge in judges],
+    }
+    if ratios := row.get("log_ratios"):
+        entry |= {"pieces": pieces(tokenizer, row["tokens"]), "ratios": [number(r, 3) for r in ratios]}
+    return entry
+
+
+def page_data(
+    rows: dict[str, list[dict]], results: list[dict], judges: list[str], tokenizer: Tokenizer, limit: int,
+) -> dict:
+    """{checkpoints: [numbers], judges, posts: [{query, reference, summaries: one per checkpoint}]}, of the first
+    `limit` posts (0 = all)."""
     posts = []
-    for together in list(zip(*(rows[name] for name in names), strict=True))[: limit or None]:
+    for together in list(zip(*rows.values(), strict=True))[: limit or None]:
         first = together[0]
         posts.append({
-            "id": first["id"], "query": first["query"], "reference": first["reference"], "length": first["reference_length"],
-            "gold": number(first["gold_reference"]), "score": number(first["scores_reference"]),
-            "summaries": [{
-                "text": row["summary"], "length": row["response_length"], "ended": row["ended"],
-                "gold": number(row["gold"]), "score": number(row["scores"]),
-                "preferences": [number(row[f"preference/{judge}"]) for judge in judges],
-                "answers": [row.get(f"answers/{judge}") or [] for judge in judges],
-                "pieces": pieces(tokenizer, row["tokens"]) if row["log_ratios"] else None,
-                "ratios": [number(r, 3) for r in row["log_ratios"]] if row["log_ratios"] else None,
-            } for row in together],
+            "id": first["id"], "query": first["query"], "reference": first["reference"],
+            "length": first["reference_length"], "gold": number(first.get("gold_reference")),
+            "score": number(first.get("scores_reference")),
+            "summaries": [summary_entry(row, judges, tokenizer) for row in together],
         })
-    return {"checkpoints": [{"name": r["name"], **{key: r[key] for key in NUMBERS}} for r in results], "judges": judges, "posts": posts}
+    checkpoints = [{"name": r["name"], **{key: r.get(key) for key in NUMBERS}} for r in results]
+    return {"checkpoints": checkpoints, "judges": judges, "posts": posts}
 
 
 def render(title: str, data: dict) -> str:

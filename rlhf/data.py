@@ -50,7 +50,8 @@ def open_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> 
 
 
 def has_column(data_dir: str, name: str, column: str) -> bool:
-    return column in pq.read_schema(Path(data_dir) / f"{name}.parquet").names
+    path = Path(data_dir) / f"{name}.parquet"
+    return path.exists() and column in pq.read_schema(path).names
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

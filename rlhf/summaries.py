@@ -16,6 +16,7 @@ from rlhf.data import has_column, read_table
 from rlhf.model import EOS
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+COUNTED = (*ROUGE, "repetition_3", "novelty_2")  # columns of `text_rows`
 ROUGE_HINT = "ROUGE is left out (pip install rouge_score)"
 
 Gold = Callable[[list[str], list[str], list[bool]], list[float]]  # see data/gold.py
@@ -102,10 +103,13 @@ def distinct(texts: list[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def text_rows(posts: list[str], references: list[str], summaries: list[str]) -> list[dict[str, float | None]]:
-    """One dict per summary: ROUGE (None without the package), repetition_3, novelty_2."""
-    rouge = rouge_rows(references, summaries) or [dict.fromkeys(ROUGE)] * len(summaries)
-    return [{**r, "repetition_3": repetition(s), "novelty_2": novelty(s, p)} for r, s, p in zip(rouge, summaries, posts, strict=True)]
+def text_rows(posts: list[str], references: list[str], summaries: list[str]) -> list[dict[str, float]]:
+    """One dict per summary: ROUGE (with the package), repetition_3, novelty_2."""
+    rouge = rouge_rows(references, summaries) or [{}] * len(summaries)
+    return [
+        {**scores, "repetition_3": repetition(summary), "novelty_2": novelty(summary, post)}
+        for scores, summary, post in zip(rouge, summaries, posts, strict=True)
+    ]
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -114,7 +118,7 @@ def mean(values: list[float | None]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def text_means(rows: list[dict[str, float | None]], summaries: list[str]) -> dict[str, float | None]:
+def text_means(rows: list[dict[str, float]], summaries: list[str]) -> dict[str, float]:
     """Means of the `text_rows`, and distinct-1 and distinct-2 of all summaries."""
     if not rows:
         raise UserError("no summaries to measure")
@@ -130,8 +134,10 @@ def summary_rows(
 ) -> list[dict]:
     """What is known of each summary without a model: ROUGE, repetition, novelty; with `gold` the gold rewards."""
     rows = text_rows([p.query for p in posts], [r.text for r in references], [s.text for s in summaries])
-    own = gold_scores(gold, posts, summaries) if gold else [None] * len(posts)
-    human = gold_scores(gold, posts, references) if gold else [None] * len(posts)
+    if not gold:
+        return rows
+    own = gold_scores(gold, posts, summaries)
+    human = gold_scores(gold, posts, references)
     return [{**row, "gold": g, "gold_reference": h} for row, g, h in zip(rows, own, human, strict=True)]
 
 
@@ -155,10 +161,8 @@ def summary_metrics(
     summaries = sampled_summaries(tokenizer, samples, ended)
     measured = summary_rows(posts, references, summaries, gold)
     metrics = {
-        "greedy/rougeL": mean([row["rougeL"] for row in measured]),
         "greedy/tokens": mean([len(s.tokens) for s in summaries]),
         "greedy/eos_share": mean([float(s.ended) for s in summaries]),
     }
-    if gold:
-        metrics["greedy/gold"] = mean([row["gold"] for row in measured])
-    return metrics
+    known = [column for column in ("rougeL", "gold") if column in measured[0]]
+    return metrics | {f"greedy/{column}": mean([row[column] for row in measured]) for column in known}

@@ -27,7 +27,7 @@ from rlhf.config import UserError
 from rlhf.groups import pack
 from rlhf.model import EOS, NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
-from rlhf.tables import write_sweep
+from evaluation.tables import write_sweep
 
 torch.set_num_threads(1)
 N = 24
@@ -119,7 +119,7 @@ def test_kl_and_entropy_are_of_samples(world, tmp_path):
     itself = main(config(world, tmp_path / "b", ref_model=str(world / "sft"), n=8))
     assert itself["kl"] == itself["log_ratio"] == 0 and itself["kl_full"] == pytest.approx(0, abs=1e-5)
     none = main(config(world, tmp_path / "c", sample_temperature=0.0, n=8))
-    assert none["kl"] is none["entropy"] is none["ref_perplexity"] is none["win_rate"] is None
+    assert not {"kl", "entropy", "ref_perplexity", "win_rate", "step"} & set(none)
     main(config(world, tmp_path / "d", ref_model=ref, temperature=1.0, n=40))
     assert repr(table(tmp_path / "d")) == repr(rows)  # seeded
 
@@ -129,7 +129,7 @@ def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch):
     settings = {"model": model, "judge": "gold", "ref_model": str(world / "sft"), "n": 8, "html": True}
     result = main(config(world, tmp_path / "out", **settings))
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [None, 9, 10] and result["checkpoints"] == 3
+    assert [line.get("step") for line in lines] == [None, 9, 10] and result["checkpoints"] == 3
     assert [line["name"] for line in lines] == ["sft", "step_00000009", "step_00000010"] and lines[0]["kl"] == 0 < lines[1]["kl"]
     for line in lines:
         rows = table(tmp_path / "out" / line["name"])
@@ -144,7 +144,7 @@ def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch):
         assert post["query"] == rows[0]["query"] and [s["text"] for s in post["summaries"]] == [row["summary"] for row in rows]
         assert [s["preferences"] for s in post["summaries"]] == [[row["preference/gold"]] for row in rows]
         assert all(len(s["pieces"]) == len(s["ratios"]) == len(row["tokens"]) for s, row in zip(post["summaries"], rows))
-    monkeypatch.setattr(evaluate, "summarise", lambda *args: pytest.fail("summarised again"))
+    monkeypatch.setattr(evaluate, "summarise", lambda *args, **rest: pytest.fail("summarised again"))
     assert main(config(world, tmp_path / "out", **settings))["win_rate"] == result["win_rate"]
     assert (tmp_path / "out/sweep.csv").read_text() == csv
     monkeypatch.undo()
@@ -153,7 +153,7 @@ def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch):
     assert (tmp_path / "out/sweep.csv").read_text() == csv
     os.utime(world / "rloo/ckpt/step_00000010/model.safetensors")  # trained anew: what is known of it is not true any more
     seen = []
-    monkeypatch.setattr(evaluate, "summarise", lambda cfg, device, path, *rest: (seen.append(path), table(tmp_path / "out/sft"))[1])
+    monkeypatch.setattr(evaluate, "summarise", lambda cfg, path, **rest: (seen.append(path), table(tmp_path / "out/sft"))[1])
     main(config(world, tmp_path / "out", **settings))
     assert seen == [str(world / "rloo/ckpt/step_00000010")] and (tmp_path / "out/sweep.csv").read_text() != csv
 
@@ -234,7 +234,7 @@ def test_a_length_controlled_win_rate_that_extrapolates_says_so(world, tmp_path,
     assert "lc_win of sft is extrapolated" in capsys.readouterr().out
     fair = main(config(world, tmp_path / "fair", judge="gold", n=8, sample_temperature=0.0))
     assert fair["lc_extrapolated"] is False and "extrapolated:" not in capsys.readouterr().out.replace('"lc_extrapolated":', "")
-    assert main(config(world, tmp_path / "none", n=8, sample_temperature=0.0))["lc_extrapolated"] is None
+    assert "lc_extrapolated" not in main(config(world, tmp_path / "none", n=8, sample_temperature=0.0))
 
 
 # --- the language model as the judge
@@ -244,7 +244,7 @@ def test_a_length_controlled_win_rate_that_extrapolates_says_so(world, tmp_path,
 def key(monkeypatch):
     pytest.importorskip("openai", reason="openai is not installed (requirements-judge.txt): the language-model judge is not tested")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-never-to-be-seen-0123456789")
-    monkeypatch.setattr(rlhf.llm_judge, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(evaluation.llm_judge, "FIRST_WAIT", 0.02)
     return "sk-never-to-be-seen-0123456789"
 
 

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from judge_server import JudgeServer, sections
@@ -31,7 +33,7 @@ KEY = "sk-never-to-be-seen-0123456789"
 def environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(rlhf.llm_judge, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(evaluation.llm_judge, "FIRST_WAIT", 0.02)
 
 
 def options(url: str, cache: Path, **changes) -> dict:
@@ -109,12 +111,13 @@ def test_template_is_filled_in_one_pass_and_can_be_replaced(tmp_path):
 
 def test_every_judge_maps_a_swap_to_one_minus_p_and_equals_to_a_half(tmp_path):
     posts, a, b = pairs(30)
-    posts = [Post(p.id, p.query, p.query_token, {"facts": ["keys"]}) for p in posts]
+    posts = [Post(p.id, p.query, p.query_token, '{"facts": ["keys"]}') for p in posts]
     a[0] = Summary(" keys.", [4, 5, 0], True)
     with JudgeServer() as server:
         makers = [lambda o=order: make_judge("llm", **options(server.url, tmp_path / "c", judge_order=o)) for order in ("both", "random")]
         judges = []
-        for maker in (*makers, gold_judge):
+        pq.write_table(pa.table({"facts": [posts[0].facts]}), tmp_path / "sft_train.parquet")
+        for maker in (*makers, lambda: gold_judge(data_dir=str(tmp_path))):
             judges.append(judge := maker())
             p, q = judge(posts, a, b), judge(posts, b, a)
             assert p == [1 - x for x in q] and 0 < sum(p) < 30
@@ -225,7 +228,7 @@ def test_retry_after_is_kept_by_all_threads(tmp_path):
         limited = next(t for t, _, kind in server.log if kind == "429")
         assert not [t for t in times if limited + 0.15 < t < limited + 0.55] and max(times) > limited + 0.55
     date = "Wed, 21 Oct 2065 07:28:00 GMT"
-    assert evaluation.llm_judge.retry_after({"retry-after": date}) > 1e9 and rlhf.llm_judge.retry_after({"retry-after": "soon"}) is None
+    assert evaluation.llm_judge.retry_after({"retry-after": date}) > 1e9 and evaluation.llm_judge.retry_after({"retry-after": "soon"}) is None
 
 
 def test_a_refusal_is_unread_kept_and_not_asked_again(tmp_path):

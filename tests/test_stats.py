@@ -124,4 +124,4 @@ def test_counts_of_ngrams_by_hand(monkeypatch):
     assert novelty("the dog ran home", "The dog ran away") == pytest.approx(1 / 3)
     assert distinct(["a b", "a c"], 1) == 3 / 4 and distinct(["a b", "a b"], 2) == 0.5 and distinct([""], 1) == 0
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    assert text_means(text_rows(["p"], ["r"], ["s"]), ["s"])["rougeL"] is None
+    assert "rougeL" not in text_means(text_rows(["p"], ["r"], ["s"]), ["s"])
