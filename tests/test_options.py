@@ -12,23 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SCRIPTS, TRAINING, base, distance, gap, log, reward, weights
+from tiny import SCRIPTS, TRAINING, base, distance, gap, log, weights
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-import best_of_n
 import evaluate
 import train_rloo
 import train_rm
 import train_sft
 import train_simpo
 from rlhf.model import NeoX
+from study import best_of_n
 
 SAME = 2e-5  # rounding
 DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the two
 
 # Tested in test_scripts.py, test_cli.py or test_judge.py, or invisible without a hub or a language model.
 ELSEWHERE = {
-    "revision", "out_dir", "resume", "overwrite", "device", "minibatches",
+    "revision", "out_dir", "resume", "overwrite", "device",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
     "judge_price_out",
@@ -41,9 +41,7 @@ OPTIMIZATION = OTHER_MODEL | dict(lr=0.05, schedule="constant", warmup=0.5, weig
 EPOCHS = OPTIMIZATION | dict(epochs=2.0)
 LOSS = dict(loss=dict(loss="simpo", ref_model=""), beta=1.0, gamma=0.5, gamma_beta_ratio=0.5,
             label_smoothing=0.1)
-REWARD = dict(reward=reward(kl=0.05, maxent=0.1), kl_coef=reward(kl=0.5, maxent_length=0.1),
-              entropy_coef=reward(kl=0.05, maxent_length=0.5), invalid_logprob_fill=1.0,
-              missing_eos="subtract", missing_eos_penalty=3.0)
+REWARD = dict(reward="kl+maxent:0.1", invalid_logprob_fill=1.0, missing_eos="subtract", missing_eos_penalty=3.0)
 ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
 SAMPLING = dict(temperature=1.0, top_p=0.5)
 
@@ -118,9 +116,9 @@ def test_the_same_values_give_the_same_run(tiny, script):
 
 
 def test_every_reward_moves_the_weights_its_own_way(tiny):
-    rewards = [reward(kl=0.5), reward(maxent=0.5), reward(maxent_length=0.5), reward(minent_length=0.5),
-               reward(kl=0.5, minent_length=0.5)]
-    runs = [tiny.run(train_rloo, **options) for options in rewards]
+    rewards = ["kl:0.5", "maxent:0.5", "maxent_length:0.5", "minent_length:0.5", "kl:0.5+minent_length:0.5",
+               "kl:0.2+minent_length:0.5", "kl:0.5+minent_length:0.2", "score:0+kl:0.5", "score:0.5"]
+    runs = [tiny.run(train_rloo, reward=reward) for reward in rewards]
     assert all(distance(a, b) > DIFFERENT for i, a in enumerate(runs) for b in runs[:i])
 
 

@@ -18,7 +18,6 @@ from tiny import (
     classifier,
     log,
     result,
-    reward,
     their_distributions,
     their_logprobs,
     their_score,
@@ -26,12 +25,12 @@ from tiny import (
 )
 from util import our_name
 
-import best_of_n
 import evaluate
 import train_rloo
 import train_rm
 import train_simpo
 from rlhf.model import EOS
+from study import best_of_n
 
 EXACT = 2e-5  # float32 rounding over several updates
 CLEAR = 1e-3  # what a changed loop is off by at least
@@ -106,7 +105,7 @@ def plain_rloo(root, rollouts, *, temperature, clip, lr, ppo_epochs, penalty=1.0
 
 def test_rloo_equals_a_plain_loop(tiny, generated):
     """Two rollouts with three passes over each: some ratios are clipped, some responses have no EOS."""
-    run = tiny.fresh(train_rloo, **reward(**REWARD), **RLOO, k=K, batch_size=4 * K, episodes=8 * K)
+    run = tiny.fresh(train_rloo, reward="kl:0.05+maxent_length:0.1", **RLOO, k=K, batch_size=4 * K, episodes=8 * K)
     *rollouts, _ = generated
     lines, final = plain_rloo(tiny.root, rollouts, **RLOO)
     assert apart(weights(run), final) < EXACT

@@ -9,13 +9,13 @@ from tiny import SCRIPTS, SHAPE, TRAINING, R, log, measured, result, weights
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import best_of_n
 import evaluate
 import train_rloo
 import train_rm
 import train_sft
 import train_simpo
 from rlhf.model import NeoX
+from study import best_of_n
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 each_training = pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.__name__)

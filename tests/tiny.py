@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import best_of_n
 import evaluate
 import train_rloo
 import train_rm
@@ -24,6 +23,7 @@ import train_simpo
 from data import toy
 from rlhf.model import EOS, PAD, NeoX, NeoXConfig
 from rlhf.pretrained import load_tokenizer, save_pretrained
+from study import best_of_n
 
 TRAINING = [train_sft, train_rm, train_rloo, train_simpo]
 SCRIPTS = [*TRAINING, evaluate, best_of_n]
@@ -32,14 +32,7 @@ SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, interme
              max_position_embeddings=256, tie_word_embeddings=False, layer_norm_eps=1e-4)
 
 # Logged, but known without the run: if nothing else differs between two runs, the option was ignored.
-ECHOES = {"lr", "episode", "entropy_bonus", "name", "model", "out_dir", "split", "temperature"}
-
-
-def reward(**coefficients: float) -> dict:
-    """The options of train_rloo.py that ask for these terms: reward(kl=0.05, maxent_length=0.1)."""
-    entropy = [value for term, value in coefficients.items() if term != "kl"]
-    kl = coefficients.get("kl", 0.0)
-    return {"reward": "+".join(coefficients), "kl_coef": kl, "entropy_coef": sum(entropy)}
+ECHOES = {"lr", "episode", "name", "model", "out_dir", "split", "temperature"}
 
 
 def base(script: ModuleType) -> dict:
@@ -52,12 +45,12 @@ def base(script: ModuleType) -> dict:
     reference = dict(ref_model="{world}/reference")
     reward_model = dict(reward_model="{world}/rm")
     judged = dict(judge="gold", temperature=0.7, agreement="pairs_validation")
-    rloo = dict(k=2, batch_size=8, episodes=16, ppo_epochs=2, clip=0.1)
+    rloo = dict(reward="kl:0.05+maxent_length:0.1", k=2, batch_size=8, episodes=16, ppo_epochs=2, clip=0.1)
     return {
         train_sft: io | train | dict(batch_size=6),
         train_rm: io | train | dict(batch_size=3),
         train_simpo: io | train | reference | dict(loss="dpo_length", beta=2.0, batch_size=3),
-        train_rloo: io | train | reference | reward_model | reward(kl=0.05, maxent_length=0.1) | rloo,
+        train_rloo: io | train | reference | reward_model | rloo,
         evaluate: io | reference | reward_model | judged,
         best_of_n: io | reward_model | dict(samples=4),
     }[script]
