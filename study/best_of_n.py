@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evaluation.judges import Summary, gold_judge, make_judge, read_posts
+from evaluation.tables import write
 from rlhf.common import autocast, frozen, setup
-from rlhf.run import Run
 from rlhf.config import UserError, command_line
 from rlhf.data import check_tokenizer, read_meta
 from rlhf.generate import generate_all
-from evaluation.judges import Summary, gold_judge, make_judge, read_posts
 from rlhf.model import EOS
+from rlhf.out_dir import describe
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.rewards import missing_eos
-from evaluation.tables import write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def main(cfg: Config) -> dict:
         lines.append({"step": n, "n": n, "kl": math.log(n) - (n - 1) / n, **{name: best_of_n(scores, v, n) for name, v in values.items()}})
         print("  ".join(f"{key} {value:.4g}" for key, value in lines[-1].items() if key != "step"))
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "run.json", json.dumps(Run.describe(cfg), indent=2) + "\n")
+    write(out / "run.json", json.dumps(describe(cfg), indent=2) + "\n")
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     result = {"posts": len(posts), **lines[-1], "out_dir": str(out), "seconds": round(time.time() - began, 1)}
     write(out / "result.json", json.dumps(result) + "\n")
