@@ -191,7 +191,8 @@ def generate_all(
     """`generate` over any number of prompts, `batch` at a time, with a progress bar named `progress`."""
     responses, ended = [], []
     options = {"temperature": temperature, "top_p": top_p, "generator": generator}
-    for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None, leave=False):
+    hidden = None if progress else True  # None: shown on a terminal only
+    for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=hidden, leave=False):
         some = generate(model, prompts[start : start + batch], K, max_new_tokens, **options)
         responses += some[0]
         ended.append(some[1])
