@@ -32,9 +32,9 @@ from rlhf.common import frozen, setup
 from rlhf.config import UserError, command_line
 from rlhf.data import check_tokenizer, read_meta
 from rlhf.generate import generate_all
+from rlhf.out_dir import describe
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.rewards import missing_eos
-from rlhf.run import Run
 from rlhf.summaries import Post, gold_scores, read_posts, sampled_summaries
 
 
@@ -147,7 +147,7 @@ def main(cfg: Config) -> dict:
         print("  ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step"))
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "run.json", json.dumps(Run.describe(cfg), indent=2) + "\n")
+    write(out / "run.json", json.dumps(describe(cfg), indent=2) + "\n")
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     seconds = round(time.time() - began, 1)
     result = {"posts": len(posts), **lines[-1], "out_dir": str(out), "seconds": seconds}

@@ -97,7 +97,7 @@ def test_a_run_directory_explains_itself(world, script, capsys):
     assert [line["step"] for line in metrics(run)] == list(range(1, 5))
     assert all(math.isfinite(v) for line in metrics(run) for v in line.values())
     assert [p.name for p in sorted((run / "ckpt").iterdir())] == ["step_00000002", "step_00000004"]
-    assert [(p / "trainer.pt").exists() for p in sorted((run / "ckpt").iterdir())] == [False, True]
+    assert [(p / "trainer.pt").exists() for p in sorted((run / "ckpt").iterdir())] == [True, True]
 
 
 @each_script
@@ -268,7 +268,7 @@ def test_resume_refuses_other_settings_and_a_damaged_checkpoint(world, tmp_path)
         train_sft.main(again(world, train_sft, run, resume=True))
     weights_file = run / "ckpt/step_00000004/model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="half-written"):
+    with pytest.raises(UserError, match="model.safetensors: damaged"):
         train_sft.main(again(world, train_sft, run, resume=True))
 
 
@@ -285,7 +285,7 @@ def broken_data(world: Path, tmp_path: Path, name: str, change) -> str:
 
 
 @pytest.mark.parametrize("script, changes, message", [
-    (train_rloo, dict(k=1), "at least 2 responses"),
+    (train_rloo, dict(k=1), "--k=1 must be at least 2"),
     (train_rloo, dict(batch_size=15), "not divisible"),
     (train_rloo, dict(reward="entropy"), "--reward=entropy: no term 'entropy'"),
     (train_rloo, dict(advantage="gae"), "known are rloo, grpo"),
@@ -381,6 +381,7 @@ def test_resume_on_another_kind_of_device_is_refused(world, tmp_path):
         if (folder / "trainer.pt").exists():
             state = torch.load(folder / "trainer.pt", weights_only=True)
             torch.save({**state, "generator": torch.zeros(16, dtype=torch.uint8)}, folder / "trainer.pt")  # the size of CUDA's
+            (folder / "checksums.json").unlink()
     with pytest.raises(UserError, match="another kind of device"):
         train_rloo.main(again(world, train_rloo, run, resume=True))
 
@@ -389,9 +390,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(world, tmp_path)
     shutil.copytree(world / "sft", tmp_path / "sft")
     from safetensors.torch import save_file
     tensors = load_file(tmp_path / "sft/model.safetensors")
-    tensors["gpt_neox.final_layer_norm.weight"][0] = float("nan")
+    tensors["gpt_neox.final_layer_norm.weight"][:] = 3e38  # finite, but no sum of two of them is
     save_file(tensors, tmp_path / "sft/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match="step 0: loss nan"):
+    with pytest.raises(RunError, match="step 0: loss (nan|inf|-inf)"):
         train_rm.main(again(world, train_rm, tmp_path / "rm", model=str(tmp_path / "sft")))
 
 
