@@ -89,8 +89,11 @@ def compile_kernels() -> None:
 
 
 def head_gradient(d_z: Tensor, d_logprobs: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
-    """From the gradient of a chunk of logits, still without its onehot part, into those of hidden states (m, C) and head weight, transposed: (C, V)."""
-    d_z = d_z.scatter_add_(1, targets[:, None], d_logprobs[:, None]).to(weight.dtype)
+    """From the gradient of a chunk of logits, still without its onehot part, into those of hidden states (m, C) and head weight, transposed: (C, V).
+
+    d_logprobs and targets are (m, J): the J tokens of a position whose log-prob is in the loss.
+    """
+    d_z = d_z.scatter_add_(1, targets, d_logprobs).to(weight.dtype)
     if d_hidden is not None:
         d_hidden.copy_(linear(d_z, weight.T))
     if d_weight is not None:  # summed over chunks in float32
@@ -100,31 +103,40 @@ def head_gradient(d_z: Tensor, d_logprobs: Tensor, targets: Tensor, hidden: Tens
 class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-                temperature: float, chunk: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                temperature: float, chunk: int | None, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         ctx.dtype = autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(ctx.dtype)
             ref_w = None if ref_weight is None else ref_weight.to(ctx.dtype)
             logprobs, entropy, normalizer, ref_logprobs, kl = (torch.empty(len(hidden), device=hidden.device) for _ in range(5))
+            top_logprobs = torch.empty(len(hidden), top_k, device=hidden.device)  # (M, top_k)
+            top = torch.empty(len(hidden), top_k, dtype=torch.long, device=hidden.device)
             for s in chunks(len(hidden), len(weight), hidden.device, chunk):
                 z = chunk_logits(hidden[s], w, temperature)  # (m, V)
                 logprobs[s], entropy[s], normalizer[s] = kernels.target_stats(z, targets[s])
+                if top_k:
+                    values, top[s] = z.topk(top_k, 1)
+                    top_logprobs[s] = values - normalizer[s, None]
                 if ref_w is not None:
                     ref_z = chunk_logits(ref_hidden[s], ref_w, temperature)  # (m, V)
                     ref_logprobs[s], kl[s] = kernels.reference_stats(z, normalizer[s], ref_z, targets[s])
-        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
-        ctx.mark_non_differentiable(ref_logprobs, kl)
+        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy, top if top_k else None)
+        ctx.mark_non_differentiable(ref_logprobs, kl, top)
         ctx.set_materialize_grads(False)  # an entropy that no loss uses has the gradient None: known without asking the device
         ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs, entropy, ref_logprobs, kl
+        return logprobs, entropy, ref_logprobs, kl, top_logprobs, top
 
     @staticmethod
-    def backward(ctx, d_logprobs: Tensor | None, d_entropy: Tensor | None, *_):
-        hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
+    def backward(ctx, d_logprobs: Tensor | None, d_entropy: Tensor | None, d_ref, d_kl, d_top: Tensor | None, _):
+        hidden, weight, targets, normalizer, entropy, top = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros(weight.shape[::-1], device=weight.device) if ctx.needs_input_grad[1] else None  # (C, V), as the product makes it
         d_logprobs = torch.zeros_like(normalizer) if d_logprobs is None else d_logprobs
+        targets, d_targets = targets[:, None], d_logprobs[:, None]  # (M, J)
+        if d_top is not None:
+            targets, d_targets = torch.cat([targets, top], 1), torch.cat([d_targets, d_top], 1)
+            d_logprobs = d_targets.sum(1)
         for s in chunks(len(hidden), len(weight), hidden.device, ctx.chunk):
             z = chunk_logits(hidden[s], w, ctx.temperature)  # (m, V)
             if d_entropy is not None:
@@ -132,8 +144,8 @@ class TokenLogprobs(torch.autograd.Function):
             else:
                 d_z = kernels.logprob_gradient(z, normalizer[s], d_logprobs[s])
             d_z = d_z if ctx.temperature == 1 else d_z.div_(ctx.temperature)
-            head_gradient(d_z, d_logprobs[s] / ctx.temperature, targets[s], hidden[s], w, None if d_hidden is None else d_hidden[s], d_weight)
-        return d_hidden, d_weight if d_weight is None else d_weight.T.to(weight.dtype), *[None] * 5
+            head_gradient(d_z, d_targets[s] / ctx.temperature, targets[s], hidden[s], w, None if d_hidden is None else d_hidden[s], d_weight)
+        return d_hidden, d_weight if d_weight is None else d_weight.T.to(weight.dtype), *[None] * 6
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None) -> tuple[Tensor, Tensor]:
@@ -141,7 +153,16 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
     hidden (M, C), head weight (V, C), targets (M,); chunk: tokens at a time (default: by bytes).
     """
-    return TokenLogprobs.apply(hidden, weight, targets, None, None, temperature, chunk)[:2]
+    return TokenLogprobs.apply(hidden, weight, targets, None, None, temperature, chunk, 0)[:2]
+
+
+def top_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, top_k: int, temperature: float = 1.0, chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_logprobs`, and from the same pass the log-probs of the top_k tokens at each position, best first, differentiable, and which
+    tokens they are: logprobs (M,), entropy (M,), top_logprobs (M, top_k), top (M, top_k)."""
+    columns = TokenLogprobs.apply(hidden, weight, targets, None, None, temperature, chunk, min(top_k, len(weight)))
+    return *columns[:2], *columns[4:]
 
 
 def compare_logprobs(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float = 1.0,
@@ -151,7 +172,7 @@ def compare_logprobs(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_wei
 
     ref_hidden (M, C') and ref_weight (V, C'): the reference may have another width.
     """
-    return TokenLogprobs.apply(hidden, weight, targets, ref_hidden.detach(), ref_weight.detach(), temperature, chunk)
+    return TokenLogprobs.apply(hidden, weight, targets, ref_hidden.detach(), ref_weight.detach(), temperature, chunk, 0)[:4]
 
 
 class HeadNLL(torch.autograd.Function):
@@ -167,7 +188,8 @@ class HeadNLL(torch.autograd.Function):
                 logprobs, _, normalizer = kernels.target_stats(z, targets[s])
                 loss -= logprobs.sum()
                 if with_gradient:
-                    head_gradient(kernels.logprob_gradient(z, normalizer, minus_one[s]), minus_one[s], targets[s], hidden[s], w, d_hidden[s], d_weight)
+                    d_z = kernels.logprob_gradient(z, normalizer, minus_one[s])
+                    head_gradient(d_z, minus_one[s, None], targets[s, None], hidden[s], w, d_hidden[s], d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
