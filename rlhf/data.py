@@ -49,7 +49,10 @@ def open_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> 
 
 def has_column(data_dir: str, name: str, column: str) -> bool:
     path = Path(data_dir) / f"{name}.parquet"
-    return path.exists() and column in pq.read_schema(path).names
+    try:
+        return path.exists() and column in pq.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error})") from error
 
 
 def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model: str) -> None:

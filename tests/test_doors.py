@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+
 from tokenizers import Tokenizer
 from util import TOLERANCE, WIDE, error, hidden_of, logits_of, pair, random_groups, raw_config, tiny_tokenizer
 
+from data import jsonl
 from rlhf.config import UserError
 from rlhf.data import check_tokenizer
 from rlhf.forward import response_scores, token_stats
@@ -152,3 +155,139 @@ def test_a_reward_model_whose_padding_is_its_eos_is_told(tmp_path, capsys):
         here, before = (model.scores(hidden_of(model, [5, 6, 7, 9, 0]))[at] for at in (-1, -2))
         there = theirs(torch.tensor([[5, 6, 7, 9, 0]])).logits[0, 0]
     assert error(there, before) < TOLERANCE and error(there, here) > WIDE
+
+
+# --- own data
+
+
+LINES = [{"prompt": f"the cat {i} sat on the mat", "response": f" and the dog {i}"} for i in range(20)]
+PAIRS = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": " the mat"} for r in LINES]
+RANKED = [{"prompt": r["prompt"], "responses": [r["response"], " the cat", " the mat"]} for r in LINES]
+ALONE = [{"prompt": r["prompt"]} for r in LINES]
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """prepare(files, ...) -> the tables that data/jsonl.py writes of them; a file is a list of rows, or of lines."""
+    monkeypatch.chdir(tmp_path)
+    TOKENIZER.save("tokenizer.json")
+
+    def run(files: dict[str, list], out_dir: str = "data", **options) -> dict[str, list[dict]]:
+        for name, rows in files.items():
+            if name.endswith(".parquet"):
+                pq.write_table(pa.Table.from_pylist(rows), name)
+            else:
+                lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+                Path(name).write_text("".join(line + "\n" for line in lines))
+        train = options.pop("train", ",".join(name for name in files if not name.startswith("valid")))
+        jsonl.main(jsonl.Config(train=train, tokenizer="tokenizer.json", out_dir=out_dir, **options))
+        return {path.stem: pq.read_table(path).to_pylist() for path in Path(out_dir).glob("*.parquet")}
+
+    return run
+
+
+def test_rows_of_each_kind_become_the_tables_that_the_scripts_read(prepare):
+    sft = prepare({"a.jsonl": LINES}, "a", validation_share=0.2)
+    assert sft.keys() == {"sft_train", "sft_validation"} and [len(rows) for rows in sft.values()].count(16) == 1
+    row = sft["sft_train"][0]
+    assert row["id"].startswith("a.jsonl, row ")
+    assert TOKENIZER.decode(row["query_token"]) == row["query"]
+    assert row["reference_response_token"] == TOKENIZER.encode(row["reference_response"]).ids + [0]
+    assert {row["query"] for table in sft.values() for row in table} == {row["prompt"] for row in LINES}
+
+    pairs = prepare({"b.parquet": [row | {"batch": "x", "confidence": 3, "id": 7} for row in PAIRS]}, "b")
+    assert pairs.keys() == {"sft_train", "sft_validation", "pairs_train", "pairs_validation"}
+    row = pairs["pairs_validation"][0]
+    assert (row["rejected"], row["batch"], row["confidence"], row["id"]) == (" the mat", "x", 3, "7")
+    assert row["chosen_token"] == TOKENIZER.encode(row["chosen"]).ids + [0]
+    assert pairs["sft_validation"][0]["reference_response"] == row["chosen"] and "batch" not in pairs["sft_validation"][0]
+
+    ranked = prepare({"c.jsonl": RANKED}, "c")
+    assert ranked.keys() == pairs.keys() | {"rankings_train"}
+    row, pair = ranked["rankings_train"][0], ranked["pairs_train"][0]
+    assert row["responses"][1:] == [" the cat", " the mat"] and [t[-1] for t in row["responses_token"]] == [0, 0, 0]
+    assert [pair["chosen"], pair["rejected"]] == [row["responses"][0], " the mat"]
+
+    alone = prepare({"d.jsonl": ALONE}, "d")
+    assert alone["sft_train"][0].keys() == {"id", "query", "query_token"} and len(alone["sft_validation"]) == 1
+    meta = json.loads(Path("d/meta.json").read_text())
+    assert meta["response_tokens"] == 128 and meta["splits"] == {"sft_train": 19, "sft_validation": 1}
+
+
+def test_rows_of_several_kinds_share_the_split(prepare):
+    """What is held out is held out in every table; rows that say less are not made up where a file has them."""
+    tables = prepare({"sft.jsonl": LINES, "pairs.jsonl": PAIRS}, validation_share=0.3)
+    held = {row["query"] for row in tables["sft_validation"]}
+    assert len(held) == 6 and held == {row["query"] for row in tables["pairs_validation"]}
+    assert not held & {row["query"] for name in ("sft_train", "pairs_train") for row in tables[name]}
+    assert len(tables["sft_train"]) == 14
+    again = prepare({}, train="sft.jsonl,pairs.jsonl", overwrite=True, validation_share=0.3)
+    assert again == tables
+    assert prepare({}, train="sft.jsonl,pairs.jsonl", overwrite=True, validation_share=0.3, seed=1) != tables
+
+
+def test_validation_of_its_own(prepare, capsys):
+    tables = prepare({"a.jsonl": LINES[:10], "valid.jsonl": LINES[9:]}, validation="valid.jsonl")
+    assert [len(tables[name]) for name in ("sft_train", "sft_validation")] == [10, 11]
+    assert "1 prompts are in training and in validation" in capsys.readouterr().out
+    for valid, said in ((ALONE, "either both have responses, or neither"), (LINES, "pairs to train on and none to validate")):
+        with pytest.raises(UserError, match=said):
+            prepare({"a.jsonl": PAIRS, "valid.jsonl": valid}, validation="valid.jsonl", overwrite=True)
+
+
+def test_what_is_too_long_or_teaches_nothing_is_dropped_and_counted(prepare, capsys):
+    length = len(TOKENIZER.encode(PAIRS[0]["prompt"]).ids)
+    more = [PAIRS[0] | {"prompt": "the cat " * 20}, PAIRS[1] | {"rejected": " the mat" * 20}, PAIRS[2] | {"rejected": PAIRS[2]["chosen"]}]
+    tables = prepare({"a.jsonl": PAIRS[3:] + more, "valid.jsonl": PAIRS[:3]}, validation="valid.jsonl", prompt_tokens=length + 2, response_tokens=15)
+    assert len(tables["pairs_train"]) == 17 and len(tables["sft_train"]) == 19
+    said = capsys.readouterr().out
+    assert "rows 17, long_prompts 1, long_responses 1, ties 1" in said and "rows 19, long_prompts 1, long_responses 0, ties 0" in said
+    assert json.loads(Path("data/meta.json").read_text())["tables"]["pairs_train"]["ties"] == 1
+    with pytest.raises(UserError, match=r"sft_train: none of 19 rows is left \(rows 0, long_prompts 19"):
+        prepare({"a.jsonl": LINES}, prompt_tokens=2, out_dir="none")
+    assert not Path("none").exists()
+
+
+@pytest.mark.parametrize("rows, said", [
+    (['{"prompt": "a", "response": "b"}', "{"], "a.jsonl, row 2: cannot be read"),
+    (["[1]"], "a.jsonl, row 1: cannot be read"),
+    ([], "a.jsonl: no rows"),
+    ([{"text": "a"}], "a.jsonl, row 1: no column 'prompt'"),
+    ([{"prompt": None}], "a.jsonl, row 1: column 'prompt' is null, which is no str"),
+    ([{"prompt": 3}], "column 'prompt' is '3', which is no str"),
+    ([{"prompt": " "}], "a.jsonl, row 1: column 'prompt' is empty"),
+    ([LINES[0], {"prompt": "a", "response": ""}], "a.jsonl, row 2: column 'response' is empty"),
+    (['{"prompt": "\\ud800"}'], "column 'prompt' is no valid text"),
+    ([{"prompt": "a", "chosen": "b"}], "no column 'rejected'"),
+    ([{"prompt": "a", "chosen": "b", "rejected": ["c"]}], "column 'rejected' is .* which is no str"),
+    ([{"prompt": "a", "responses": "b"}], "column 'responses' is 'b', which is no list"),
+    ([{"prompt": "a", "responses": ["b"]}], "'responses' has 1 texts, a ranking needs at least 2"),
+    ([{"prompt": "a", "responses": ["b", None]}], "column 'responses.1' is null"),
+    ([RANKED[0], {"prompt": "a", "responses": ["b", "c"]}], "row 2: 2 responses, the rows before have 3"),
+    ([PAIRS[0] | {"response": "x"}], "has the columns response, chosen, rejected: a file has rows of one kind"),
+    ([LINES[0], PAIRS[0]], "row 2: a row of the kind 'pairs' in a file that began with 'responses'"),
+    ([PAIRS[0] | {"batch": "x"}, PAIRS[1]], "row 2: column batch is in some rows of the file only"),
+    ([PAIRS[0] | {"confidence": "high"}], "column 'confidence' is 'high', which is no int"),
+    ([LINES[0], LINES[0]], "1 different prompts: too few to hold out 1"),
+])
+def test_a_bad_row_is_named(prepare, rows, said):
+    with pytest.raises(UserError, match=said):
+        prepare({"a.jsonl": rows})
+    assert not Path("data").exists()
+
+
+def test_bad_options_of_own_data(prepare, tmp_path):
+    for options, said in (
+        ({"train": "b.jsonl"}, "b.jsonl: no .jsonl or .parquet file"),
+        ({"train": "a.jsonl,tokenizer.json"}, "tokenizer.json: no .jsonl or .parquet file"),
+        ({"validation_share": 1.0}, "--validation_share between 0 and 1"),
+        ({"response_tokens": 1}, "--response_tokens at least 2"),
+        ({"out_dir": "."}, "is not empty"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare({"a.jsonl": LINES}, **options)
+    with pytest.raises(UserError, match="prompts alone beside rows with responses"):
+        prepare({"a.jsonl": LINES, "b.jsonl": ALONE})
+    Path("c.parquet").write_text("no")
+    with pytest.raises(UserError, match="c.parquet, row 1: cannot be read"):
+        prepare({}, train="c.parquet")
