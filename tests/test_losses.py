@@ -25,7 +25,7 @@ from rlhf.losses import (
 )
 
 torch.set_num_threads(1)
-PAIR_LOSSES = list(PREFERENCE_LOSSES)
+PAPER = ["dpo", "simpo", "simpo_pl", "ipo", "dpo_length"]  # the others: test_loss_family.py
 
 
 def batch(N=6, K=2, R=9, seed=0):
@@ -247,7 +247,7 @@ def test_dpo_length_is_simpo_with_the_margin_of_the_reference():
         assert_same(ours[i], simpo(x[i:i + 1], None, mask[i:i + 1], beta=2.0, gamma=0.4 + margin)[0][0], x)
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("name", PAPER)
 def test_padding_changes_nothing(name):
     """More padding, filled with nan: same losses, same gradients, none in the padding."""
     x, ref, mask = batch()
@@ -259,7 +259,7 @@ def test_padding_changes_nothing(name):
     assert (gradient(long.sum(), padded)[~F.pad(mask, (0, 3))] == 0).all()
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("name", PAPER)
 def test_gradient_prefers_the_chosen_response(name):
     """Where the policy is still the reference, the step raises the log-probs of the chosen and lowers those of the rejected response."""
     x, _, mask = batch()
@@ -284,18 +284,38 @@ DEFAULTS = {
     "simpo_pl": {"beta": 2.0, "gamma": 0.5},
     "ipo": {"beta": 0.05},
     "dpo_length": {"beta": 2.0, "gamma": 0.0, "label_smoothing": 0.0},
+    "ipo_length": {"beta": 0.1},
+    "dpo_free": {"beta": 0.1, "label_smoothing": 0.0},
+    "cpo": {"beta": 0.1, "sft_coef": 1.0, "label_smoothing": 0.0},
+    "cpo_mean": {"beta": 0.1, "sft_coef": 1.0, "label_smoothing": 0.0},
+    "orpo": {"alpha": 0.1, "sft_coef": 1.0},
+    "slic": {"delta": 1.0, "sft_coef": 0.1},
+    "hinge": {"beta": 0.05},
+    "rrhf": {"sft_coef": 1.0},
+    "chipo": {"beta": 0.05, "r_max": math.inf},
+    "alphapo": {"beta": 2.5, "alpha": 0.25, "gamma": 0.25},
+    "gammapo": {"beta": 10.0, "gamma": 4.0, "tau": 10.0},
+    "gammapo_dpo": {"beta": 0.1, "gamma": 4.0, "tau": 10.0},
+    "confpo": {"beta": 1.5, "gamma": 1.6},
+    "amopo": {"beta": 0.8, "gamma": 2.0},
+    "cringe": {"gamma": 0.0, "alpha": 1.0, "tau": 1.0, "top_k": 1},
+    "osp": {"beta": 0.1, "label_smoothing": 0.0},
+    "vpo": {"beta": 0.1, "alpha": 0.1},
+    "srpo": {"beta": 0.1, "alpha": 0.5},
 }
+HAVE_GAMMA = "simpo, simpo_pl, dpo_length, alphapo, gammapo, gammapo_dpo, confpo, amopo, cringe"
+HAVE_SMOOTHING = "dpo, simpo, dpo_length, dpo_free, cpo, cpo_mean, osp"
 
 
 def test_defaults_and_references_are_read_from_the_signature():
     assert {name: defaults(loss) for name, loss in PREFERENCE_LOSSES.items()} == DEFAULTS
-    assert {name for name, loss in PREFERENCE_LOSSES.items() if needs_reference(loss)} == {"dpo", "ipo", "dpo_length"}
-    assert RANKED == {"simpo_pl"}
+    assert {name for name in PAPER if needs_reference(PREFERENCE_LOSSES[name])} == {"dpo", "ipo", "dpo_length"}
+    assert RANKED == {"simpo_pl", "rrhf"}
     assert defaults(new_loss) == {"tau": 0.25, "gamma": 1.5} and not needs_reference(new_loss)
     assert defaults(new_loss_with_reference) == {} and needs_reference(new_loss_with_reference)
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", PAPER)
 def test_a_loss_reads_the_reference_that_its_signature_names_and_no_other(name):
     """Without one, it is called with None; with one, another reference is another loss."""
     loss = PREFERENCE_LOSSES[name]
@@ -306,7 +326,7 @@ def test_a_loss_reads_the_reference_that_its_signature_names_and_no_other(name):
         assert torch.equal(loss(x, None, mask)[0], loss(x, ref, mask)[0])
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", PAPER)
 def test_every_option_matters_and_its_default_is_what_leaving_it_out_means(name):
     loss = PREFERENCE_LOSSES[name]
     x, ref, mask = batch()
@@ -325,13 +345,13 @@ def test_loss_options():
 
 
 @pytest.mark.parametrize("name, given, message", [
-    ("dpo", {"gamma": 0.5}, "--gamma: the loss dpo has none; these have it: simpo, simpo_pl, dpo_length"),
-    ("ipo", {"gamma": 0.5}, "--gamma: the loss ipo has none; these have it: simpo, simpo_pl, dpo_length"),
-    ("ipo", {"label_smoothing": 0.1}, "--label_smoothing: the loss ipo has none; these have it: dpo, simpo, dpo_length"),
+    ("dpo", {"gamma": 0.5}, "--gamma: the loss dpo has none; these have it: " + HAVE_GAMMA),
+    ("ipo", {"gamma": 0.5}, "--gamma: the loss ipo has none; these have it: " + HAVE_GAMMA),
+    ("ipo", {"label_smoothing": 0.1}, "--label_smoothing: the loss ipo has none; these have it: " + HAVE_SMOOTHING),
     ("simpo_pl", {"beta": 1.0, "label_smoothing": 0.1}, "--label_smoothing: the loss simpo_pl has none; these have it: "
-                                                         "dpo, simpo, dpo_length"),
-    ("dpo", {"gamma": 0.0}, "--gamma: the loss dpo has none; these have it: simpo, simpo_pl, dpo_length"),
-    ("orpo", {}, "--loss=orpo: known are dpo, simpo, simpo_pl, ipo, dpo_length"),
+                                                         + HAVE_SMOOTHING),
+    ("dpo", {"gamma": 0.0}, "--gamma: the loss dpo has none; these have it: " + HAVE_GAMMA),
+    ("kto", {}, "--loss=kto: known are " + ", ".join(DEFAULTS)),
 ])
 def test_an_option_the_loss_does_not_have_is_an_error_that_names_those_that_do(name, given, message):
     with pytest.raises(UserError) as error:
@@ -342,7 +362,7 @@ def test_an_option_the_loss_does_not_have_is_an_error_that_names_those_that_do(n
 def test_a_new_loss_is_one_dict_entry(monkeypatch):
     monkeypatch.setitem(PREFERENCE_LOSSES, "new", new_loss)
     assert loss_options("new", {"gamma": 2.0, "beta": None}) == {"tau": 0.25, "gamma": 2.0}
-    with pytest.raises(UserError, match="these have it: simpo, simpo_pl, dpo_length, new"):
+    with pytest.raises(UserError, match=f"these have it: {HAVE_GAMMA}, new"):
         loss_options("ipo", {"gamma": 0.5})
     with pytest.raises(UserError, match="known are dpo, .*, new"):
         loss_options("newer", {})
@@ -361,7 +381,7 @@ def test_describe():
 # --- errors
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("name", PAPER)
 def test_group_size_is_checked(name):
     x, ref, mask = batch(K=3)
     if name not in RANKED:

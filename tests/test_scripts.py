@@ -284,7 +284,7 @@ def broken_data(world: Path, tmp_path: Path, name: str, change) -> str:
     (train_rloo, dict(advantage="gae"), "known are rloo, grpo"),
     (train_rloo, dict(reward_model="./missing"), "no such directory"),
     (train_rloo, dict(response_tokens=250), "the model.s context"),
-    (train_simpo, dict(loss="orpo"), "known are dpo"),
+    (train_simpo, dict(loss="kto"), "known are dpo"),
     (train_simpo, dict(loss="simpo", gamma=1.0, gamma_beta_ratio=0.5), "give one of them"),
     (train_simpo, dict(gamma=1.0), "--gamma: the loss dpo has none; these have it: simpo, simpo_pl, dpo_length"),
     (train_simpo, dict(gamma_beta_ratio=0.5), "--gamma: the loss dpo has none"),
