@@ -4,6 +4,7 @@ ROUGE (the `rouge_score` package's, an extra), repetition, novelty against the p
 reward where the caller has one. N-grams are of lower-case words; a text too short for one has rate 0.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rlhf.config import UserError
 from rlhf.data import has_column, read_table
 from rlhf.model import EOS
 from rlhf.pretrained import read_tokenizer
+from rlhf.run import finite
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 COUNTED = (*ROUGE, "repetition_3", "novelty_2")  # columns of `text_rows`
@@ -78,6 +80,29 @@ def sampled_summaries(tokenizer: Tokenizer, responses: list[list[list[int]]], en
     """What `generate_all` returned, as N K summaries."""
     tokens = [ids for group in responses for ids in group]
     return [Summary(*row) for row in zip(texts_of(tokenizer, responses), tokens, ended.flatten().tolist(), strict=True)]
+
+
+SAMPLES = 3  # prompts of a batch that `log_samples` shows
+
+
+def log_samples(
+    file: Path, step: int, tokenizer: Tokenizer, prompts: list[list[int]], responses: list[list[list[int]]],
+    batch: dict[str, Tensor],
+) -> None:
+    """Adds the first prompts of a scored rollout to a jsonl file: text, score, reward and ended of each response.
+    Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    texts = texts_of(tokenizer, responses[:SAMPLES])
+    K = len(responses[0])
+    for n, prompt in enumerate(tokenizer.decode_batch(prompts[:SAMPLES])):
+        columns = [batch[name][n].tolist() for name in ("scores", "rewards", "ended")]
+        rows = zip(texts[n * K : (n + 1) * K], *columns, strict=True)
+        shown = [finite(dict(zip(("text", "score", "reward", "ended"), row))) for row in rows]
+        kept.append(json.dumps({"step": step, "prompt": prompt, "responses": shown}))
+    aside = file.with_suffix(".tmp")
+    aside.write_text("".join(line + "\n" for line in kept))
+    aside.replace(file)
 
 
 def gold_scores(gold: Gold, posts: list[Post], summaries: list[Summary]) -> list[float]:

@@ -1,23 +1,28 @@
-"""How others come in: models that people have, own data, own rewards, from README commands to a trained policy."""
+"""How others come in: models that people have, own data, own rewards, from README commands to a trained
+policy."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-
 from tokenizers import Tokenizer
 from util import TOLERANCE, WIDE, error, hidden_of, logits_of, pair, random_groups, raw_config, tiny_tokenizer
 
+import train_rloo
+import train_rm
+import train_sft
 from data import jsonl
-from rlhf.config import UserError
-from rlhf.data import check_tokenizer
+from rlhf.config import RunError, UserError
+from rlhf.data import batch_indices, check_tokenizer, read_table
 from rlhf.forward import response_scores, token_stats
 from rlhf.groups import pack
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
+from rlhf.summaries import read_posts
 
 TOKENIZER = tiny_tokenizer()
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,3 +296,201 @@ def test_bad_options_of_own_data(prepare, tmp_path):
     Path("c.parquet").write_text("no")
     with pytest.raises(UserError, match="c.parquet, row 1: cannot be read"):
         prepare({}, train="c.parquet")
+
+
+# --- columns that may be missing
+
+
+def small(head: str = "embed_out", seed: int = 0, **changes) -> NeoX:
+    return NeoX(NeoXConfig.from_dict(raw_config(vocab_size=TOKENIZER.get_vocab_size(), **changes)), head).init_weights(seed)
+
+
+@pytest.fixture
+def models(prepare):
+    """A policy `model` and a reward model `rm` beside the data that `prepare` writes."""
+    save_pretrained(small(), TOKENIZER, Path("model"))
+    save_pretrained(small("score", seed=1), TOKENIZER, Path("rm"))
+
+
+QUICK = dict(data_dir="data", model="model", device="cpu", save_every=2)
+RLOO = dict(**QUICK, out_dir="rloo", lr=1e-3, k=2, batch_size=8, episodes=32, ppo_epochs=1, response_tokens=6, eval_rows=4)
+
+
+def rloo(**changes) -> dict:
+    return train_rloo.main(train_rloo.Config(**{**RLOO, **changes}))
+
+
+def lines_of(file: str) -> list[dict]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def drop_columns(*names: str) -> None:
+    for file in Path("data").glob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.drop_columns([name for name in names if name in table.column_names]), file)
+
+
+def test_tables_of_tokens_alone_are_enough(prepare, models):
+    """What says something about a row, and texts that their tokens tell, may be missing in every table."""
+    prepare({"a.jsonl": [row | {"batch": "xy"[i % 2], "confidence": i % 3} for i, row in enumerate(PAIRS)]}, validation_share=0.4, response_tokens=16)
+    posts, rows = read_posts("data", "sft_validation", ["reference_response"], 3)
+    sft = train_sft.main(train_sft.Config(**QUICK, out_dir="sft", batch_size=8, eval_rows=4))
+    rm = train_rm.main(train_rm.Config(**QUICK, out_dir="own_rm", batch_size=8))
+    assert {"accuracy/batch=x", "accuracy/batch=y", "accuracy/confidence=0"} <= rm.keys() and "greedy/rougeL" in sft
+    drop_columns("id", "query", "reference_response", "chosen", "rejected", "batch", "split", "confidence")
+    assert set(pq.read_schema("data/pairs_train.parquet").names) == {"query_token", "chosen_token", "rejected_token"}
+    bare, bare_rows = read_posts("data", "sft_validation", ["reference_response"], 3)
+    assert [p.query for p in bare] == [p.query for p in posts] and bare_rows["reference_response"] == rows["reference_response"]
+    assert [p.id for p in bare] == ["0", "1", "2"]
+    again = train_sft.main(train_sft.Config(**QUICK, out_dir="sft2", batch_size=8, eval_rows=4))
+    times = {"seconds", "out_dir"}
+    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in sft.items() if k not in times}
+    bare_rm = train_rm.main(train_rm.Config(**QUICK, out_dir="own_rm2", batch_size=8))
+    assert bare_rm["accuracy"] == rm["accuracy"] and not any(key.startswith("accuracy/") for key in bare_rm)
+
+
+def test_prompts_alone(prepare, models):
+    """Enough for RLOO, its last samples too; the others say in one line, before the first step, what they need."""
+    prepare({"a.jsonl": ALONE})
+    result = rloo(reward_model="rm")
+    assert result["greedy/tokens"] > 0 and "greedy/rougeL" not in result
+    assert all("scores" in line and "scores_over_reference" not in line for line in lines_of("rloo/metrics.jsonl"))
+    with pytest.raises(UserError, match="its prompts have no responses, so there is nothing to learn"):
+        train_sft.main(train_sft.Config(**QUICK, out_dir="sft", batch_size=8))
+    table = {"query_token": [[5, 6]] * 8, "chosen_token": [[7, 0]] * 8, "rejected_token": [[8, 0]] * 8}
+    for split in ("train", "validation"):
+        pq.write_table(pa.table(table), f"data/pairs_{split}.parquet")
+    with pytest.raises(UserError, match="no table sft_train with responses.*--center=false"):
+        train_rm.main(train_rm.Config(**QUICK, out_dir="own_rm", batch_size=8))
+    assert train_rm.main(train_rm.Config(**QUICK, out_dir="own_rm", batch_size=8, center=False))["pairs"] == 8
+    assert not Path("sft").exists()
+
+
+# --- scores over the references
+
+
+def test_the_reference_rides_along_and_changes_no_score():
+    reward_model = pair(raw_config(), head="score")[0]
+    prompts, responses = random_groups([[4, 2], [3, 5], [1, 6]])
+    references = [[[9, 8, 7, 0]], [[5, 0]], [[4, 4, 4, 4, 4, 4, 4, 0]]]
+    pack_rows = partial(pack, max_positions=128, max_response=6)
+    scores, human = train_rloo.model_scores(reward_model, pack_rows, prompts, responses, references)
+    alone, none = train_rloo.model_scores(reward_model, pack_rows, prompts, responses, [[]] * 3)
+    assert (scores.shape, human.shape, none.shape) == ((3, 2), (3, 1), (3, 0))
+    assert error(scores, alone) < TOLERANCE
+    assert error(human, response_scores(reward_model, pack(prompts, references, max_positions=128))) < TOLERANCE
+    assert error(human.roll(1, 0), human) > WIDE
+
+
+def test_scores_over_reference_is_logged(prepare, models):
+    prepare({"a.jsonl": LINES})
+    rloo(reward_model="rm")
+    table = read_table("data", "sft_train", ["query_token", "reference_response_token"])
+    reward_model = from_pretrained("rm", head="score")
+    for step, line in enumerate(lines_of("rloo/metrics.jsonl")):
+        rows = batch_indices(len(table["query_token"]), 4, step, seed=1)
+        columns = [[table[name][i] for i in rows] for name in table]
+        groups = pack(columns[0], [[r] for r in columns[1]], max_positions=128)
+        human = response_scores(reward_model, groups).mean().item()
+        assert line["scores_over_reference"] == pytest.approx(line["scores"] - human, abs=1e-5)
+        assert abs(human) > 1e-2
+
+
+# --- own rewards
+
+
+REWARD = """
+import math
+
+def brief(prompts, texts):
+    return [-len(text) / 10 + ("cat" in prompt) for prompt, text in zip(prompts, texts)]
+
+def broken(prompts, texts):
+    raise KeyError("no such\\nword")
+
+def short(prompts, texts):
+    return [1.0] * (len(texts) - 1)
+
+def words(prompts, texts):
+    return "good"
+
+def holes(prompts, texts):
+    return [1.0] * (len(texts) - 1) + [math.nan]
+
+calls = 0
+def stops(prompts, texts):
+    global calls
+    calls += 1
+    return [math.inf if calls == 4 else 1.0 * len(text) for text in texts]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def reward_file(prepare, models):
+    prepare({"a.jsonl": LINES})
+    Path("reward.py").write_text(REWARD)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("reward.py", "expected file.py:function"),
+    ("reward.txt:brief", "expected file.py:function"),
+    ("nowhere.py:brief", "no such file: nowhere.py"),
+    ("reward.py:missing", r"no function missing in .*reward.py \(functions there: brief, broken,"),
+    ("reward.py:number", "no function number"),
+    ("syntax.py:f", "syntax.py cannot be imported: SyntaxError"),
+    ("imports.py:f", "imports.py cannot be imported: ModuleNotFoundError in line 2: No module named 'nowhere_to_be_found'"),
+])
+def test_a_reward_function_that_cannot_be_had(reward_file, name, said):
+    Path("syntax.py").write_text("def f(:")
+    Path("imports.py").write_text("\nimport nowhere_to_be_found")
+    with pytest.raises(UserError, match=f"--reward_fn={name.split(':')[0]}.*{said}"):
+        rloo(reward_fn=name)
+    assert not Path("rloo").exists()
+
+
+@pytest.mark.parametrize("name, said", [
+    ("broken", r"broken raised KeyError in line 8: 'no such\\nword', for 8 texts, the first of them a response to 'the cat"),
+    ("short", r"short returned the shape \(7,\) for 8 texts, .* answers 'the cat"),
+    ("words", "words returned 'good', no list of 8 numbers, .* answers 'the cat"),
+    ("holes", "holes returned nan for the text '.*, a response to 'the cat"),
+])
+def test_a_reward_function_that_fails_is_named_with_the_prompt(reward_file, name, said):
+    with pytest.raises(RunError, match=f"{said}.*mend it and continue with --resume"):
+        rloo(reward_fn=f"reward.py:{name}")
+
+
+def test_one_reward(reward_file):
+    for rewards in ({}, {"reward_model": "rm", "reward_fn": "reward.py:brief"}):
+        with pytest.raises(UserError, match="give --reward_model or --reward_fn, one of the two"):
+            rloo(**rewards)
+
+
+def test_a_run_with_a_function_is_resumed_where_it_failed(reward_file):
+    """The same numbers as without the failure, and no line of samples twice."""
+    options = dict(reward_fn="reward.py:stops", save_every=2, samples_every=1)
+    Path("reward.py").write_text(REWARD.replace("calls == 4", "False"))
+    rloo(**options, out_dir="whole")
+    Path("reward.py").write_text(REWARD)
+    with pytest.raises(RunError, match="stops returned inf"):
+        rloo(**options)
+    assert [line["step"] for line in lines_of("rloo/samples.jsonl")] == [1] * 3 + [2] * 3 + [3] * 3
+    rloo(**options, resume=True)
+    assert lines_of("rloo/samples.jsonl") == lines_of("whole/samples.jsonl")
+    scores = [[line["scores"] for line in lines_of(f"{run}/metrics.jsonl")] for run in ("rloo", "whole")]
+    assert scores[0] == scores[1] and len(scores[0]) == 4
+
+
+def test_samples_show_what_was_scored(reward_file):
+    rloo(reward_fn="reward.py:brief", samples_every=3, missing_eos="none", reward="kl:0.5")
+    lines = lines_of("rloo/samples.jsonl")
+    assert [line["step"] for line in lines] == [1] * 3 + [4] * 3
+    prompts = {row["prompt"] for row in LINES}
+    for line in lines:
+        assert line["prompt"] in prompts and len(line["responses"]) == 2
+        for response in line["responses"]:
+            assert response["score"] == pytest.approx(-len(response["text"]) / 10 + 1, rel=1e-6)
+            assert response.keys() == {"text", "score", "reward", "ended"} and response["ended"] in (True, False)
+    assert any(r["reward"] != r["score"] for line in lines[3:] for r in line["responses"])  # the KL term, once moved
+    assert all(r["reward"] == r["score"] for line in lines[:3] for r in line["responses"])  # 0 before the first update
