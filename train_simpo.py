@@ -22,8 +22,8 @@ import torch
 
 from data.gold import gold
 from rlhf.common import adamw, frozen, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_distinct, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -69,7 +69,7 @@ class Config:
     eval_rows: int = 256  # validation pairs for the loss and accuracy, validation prompts for greedy samples
     eval_every: int = 0  # updates between two evaluations on validation pairs (0 = only at the end)
     save_every: int = 200  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all, for curves over training)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
     seed: int = 1  # data order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -98,11 +98,11 @@ def read_groups(data_dir: str, split: str, ranked: bool, limit: int) -> tuple[li
         table = read_table(data_dir, f"rankings_{split}", ["query_token", "responses_token"], limit)
         return table["query_token"], table["responses_token"]
     table = read_table(data_dir, f"pairs_{split}", ["query_token", "chosen_token", "rejected_token"], limit)
-    check_distinct(data_dir, f"pairs_{split}", table)
     return table["query_token"], [list(pair) for pair in zip(table["chosen_token"], table["rejected_token"])]
 
 
 def main(cfg: Config) -> dict:
+    check_ranges(cfg)
     cfg, options = with_options(cfg)
     loss_fn = PREFERENCE_LOSSES[cfg.loss]
     device = setup(cfg.seed, cfg.device)
@@ -128,8 +128,8 @@ def main(cfg: Config) -> dict:
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = policy.config.max_position_embeddings
-    check_context(
-        cfg.data_dir, context, ("rankings_train" if cfg.loss in RANKED else "pairs_train", cfg.train_rows, 0),
+    check_tables(
+        cfg.data_dir, list(models.values()), ("rankings_train" if cfg.loss in RANKED else "pairs_train", cfg.train_rows, 0),
         ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
     )
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.tldr import encode, load_tokenizer, read_rows, value, write  # noqa: E402
 from data.toy import write_parquet  # noqa: E402
-from rlhf.config import UserError, command_line  # noqa: E402
+from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
 from rlhf.model import EOS  # noqa: E402
 
 KINDS = {  # columns of the texts beside the prompt
@@ -198,9 +198,9 @@ def plan_of(cfg: Config) -> dict[str, list[dict]]:
 
 def main(cfg: Config) -> None:
     out = Path(cfg.out_dir)
-    if cfg.prompt_tokens < 1 or cfg.response_tokens < 2 or not 0 < cfg.validation_share < 1:
-        raise UserError("--prompt_tokens must be at least 1, --response_tokens at least 2 (a token and the EOS) and "
-                        "--validation_share between 0 and 1")
+    check_ranges(cfg)
+    if cfg.response_tokens < 2:
+        raise UserError(f"--response_tokens={cfg.response_tokens} must be at least 2: a token and the EOS")
     if out.is_dir() and any(out.iterdir()) and not cfg.overwrite:
         raise UserError(f"--out_dir {out} is not empty; use another one, or --overwrite")
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)

@@ -2,6 +2,10 @@
 policy."""
 
 import json
+import re
+import runpy
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -285,8 +289,8 @@ def test_bad_options_of_own_data(prepare, tmp_path):
     for options, said in (
         ({"train": "b.jsonl"}, "b.jsonl: no .jsonl or .parquet file"),
         ({"train": "a.jsonl,tokenizer.json"}, "tokenizer.json: no .jsonl or .parquet file"),
-        ({"validation_share": 1.0}, "--validation_share between 0 and 1"),
-        ({"response_tokens": 1}, "--response_tokens at least 2"),
+        ({"validation_share": 1.0}, "--validation_share=1.0 must be above 0 and below 1"),
+        ({"response_tokens": 1}, "--response_tokens=1 must be at least 2"),
         ({"out_dir": "."}, "is not empty"),
     ):
         with pytest.raises(UserError, match=said):
@@ -494,3 +498,42 @@ def test_samples_show_what_was_scored(reward_file):
             assert response.keys() == {"text", "score", "reward", "ended"} and response["ended"] in (True, False)
     assert any(r["reward"] != r["score"] for line in lines[3:] for r in line["responses"])  # the KL term, once moved
     assert all(r["reward"] == r["score"] for line in lines[:3] for r in line["responses"])  # 0 before the first update
+
+
+# --- from the README
+
+
+def readme_block(language: str, holds: str) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if holds in block)
+
+
+def run_script(command: str, more: str, monkeypatch) -> None:
+    """A command of the README in this process, as `python` would run it, with some options after its own."""
+    python, script, *options = shlex.split(command)
+    assert python == "python"
+    monkeypatch.setattr(sys, "argv", [script, *options, *more.split()])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_own_data_and_own_reward_by_the_commands_of_the_readme(prepare, models, monkeypatch, capsys):
+    shown = readme_block("jsonl", "prompt")
+    others = [{"prompt": f"Q: Which animal is number {i}?\nA:", "response": " A dog is."} for i in range(40)]
+    Path("answers.jsonl").write_text(shown + "".join(json.dumps(row) + "\n" for row in others))
+    Path("reward.py").write_text(readme_block("python", "def brief"))
+    commands = readme_block("bash", "--reward_fn=").replace("EleutherAI/pythia-160m", "model").splitlines()
+    assert [shlex.split(command)[1] for command in commands] == ["data/jsonl.py", "train_sft.py", "train_rloo.py"]
+    more = ["", "--batch_size=8 --eval_rows=2", "--batch_size=8 --episodes=16 --eval_rows=2"]
+    for command, options in zip(commands, more):
+        run_script(command, options, monkeypatch)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["out_dir"] == "out/own/rloo" and result["scores"] < 1
+    (first, *_), (sampled, *_) = lines_of("out/own/rloo/metrics.jsonl"), lines_of("out/own/rloo/samples.jsonl")
+    namespace = {}
+    exec(Path("reward.py").read_text(), namespace)
+    texts = [response["text"] for response in sampled["responses"]]
+    expected = namespace["brief"]([sampled["prompt"]] * len(texts), texts)
+    given = [r["score"] if r["ended"] else e for r, e in zip(sampled["responses"], expected)]
+    assert given == pytest.approx(expected) and len(texts) == 4
+    assert "scores_over_reference" not in first and first["raw_scores"] < 1
+    from_pretrained("out/own/rloo")
