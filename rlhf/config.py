@@ -70,6 +70,8 @@ RANGES = {
     "n": "[0, inf)",
     "limit": "[0, inf)",
     "max_prompt_tokens": "[1, inf)",
+    "prompt_tokens": "[1, inf)",
+    "validation_share": "(0, 1)",
     "posts": "[1, inf)",
     "pairs": "[1, inf)",
     "rankings": "[1, inf)",
@@ -77,6 +79,7 @@ RANGES = {
     "test": "[1, inf)",
     # how often, how much at a time
     "eval_every": "[0, inf)",
+    "samples_every": "[0, inf)",
     "save_every": "[0, inf)",
     "keep": "[0, inf)",
     "micro_batch_tokens": "[1, inf)",
