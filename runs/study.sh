@@ -57,7 +57,8 @@ done | run_all SFT
     for size in large medium small; do
         for seed in $seeds; do
             plan $out/$size/rm_s$seed "python train_rm.py --resume --data_dir=$out/$size/data
-                --model=$out/$size/sft --seed=$seed --lr=7e-4 --warmup=0.05 --batch_size=32 --center_rows=1000"
+                --model=$out/$size/sft --seed=$seed --lr=7e-4 --warmup=0.05 --batch_size=32
+                --center_rows=1000"
         done
     done
     for seed in $seeds; do
@@ -131,8 +132,8 @@ for size in large medium small; do
     done
 done | run_all "best of n"
 evaluate() {  # size, folder, models
-    echo "python evaluate.py --resume --data_dir=$out/$1/data --model=$3 --ref_model=$out/$1/sft --judge=gold" \
-        "--n=500 --temperature=0.7 --sample_temperature=0.7 --out_dir=$out/$1/$2"
+    echo "python evaluate.py --resume --data_dir=$out/$1/data --model=$3 --ref_model=$out/$1/sft" \
+        "--judge=gold --n=500 --temperature=0.7 --sample_temperature=0.7 --out_dir=$out/$1/$2"
 }
 {
     evaluate small eval "$out/small/sft,$out/small/rloo_*,$out/small/simpo_*,$out/small/dpo_*"
