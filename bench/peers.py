@@ -252,3 +252,6 @@ def generation(work: Work, gate: Gate) -> None:
         return sample(GREEDY_TOKENS, do_sample=False)[1].tolist()
 
     time_generation(work, gate, greedy, lambda tokens: sample(tokens, **SAMPLING)[0])
+
+
+TRAINING = {"trl": trl_training, "trl-patched": trl_patched, "transformers": bare_sft}

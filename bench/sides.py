@@ -93,15 +93,11 @@ def time_generation(work: Work, gate: Gate, greedy, seconds_of) -> None:
 def do_work(side: str, work: Work, gate: Gate) -> None:
     """Imports only what the side needs: its memory is measured."""
     if side == "ours":
-        from bench import ours
-        does = ours.generation if work.kind == "generate" else ours.training
+        from bench.ours import generation, training
     else:
-        from bench import peers
-        if work.kind == "generate":
-            does = peers.generation
-        else:
-            does = {"trl": peers.trl_training, "trl-patched": peers.trl_patched, "transformers": peers.bare_sft}[side]
-    does(work, gate)
+        from bench.peers import TRAINING, generation
+        training = TRAINING[side]
+    (generation if work.kind == "generate" else training)(work, gate)
 
 
 def worker(pipe, side: str, work: Work) -> None:

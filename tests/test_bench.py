@@ -1,4 +1,4 @@
-"""The bench: what it counts as the least work, what it refuses, and that every script can be held and compared."""
+"""The bench: what it counts as the least work, what it refuses, and that every script can be held."""
 
 import json
 import math
