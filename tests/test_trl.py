@@ -217,8 +217,8 @@ def test_rloo_update(world, completions, tmp_path, monkeypatch, epochs, lr):
 def test_rloo_reward_model_reads_the_eos_here_and_text_without_it_in_trl(world, completions, tmp_path, monkeypatch):
     """TRL gives a reward model the decoded text, and decoding drops the EOS: a model trained on answers that end in EOS (RewardTrainer appends it)
     is read one token early, and cannot tell a finished answer from one that was cut. Right by the recipe (3) is the score at the EOS."""
-    mine, _, _ = our_rloo(world, tmp_path / "ours", completions, monkeypatch, lr=0.0, missing_eos="none")
-    lines, _, _ = their_rloo(world, tmp_path / "theirs", completions, monkeypatch, reward=str(world / "rm"), learning_rate=0.0)
+    mine, _, _ = our_rloo(world, tmp_path / "ours", completions, monkeypatch, lr=1e-30, missing_eos="none")
+    lines, _, _ = their_rloo(world, tmp_path / "theirs", completions, monkeypatch, reward=str(world / "rm"), learning_rate=1e-30)
     reward_model, tokenizer = AutoModelForSequenceClassification.from_pretrained(world / "rm"), tokenizer_of(world)
     whole, cut = [], []
     for prompt, answers in completions.items():
@@ -301,7 +301,7 @@ def test_simpo_of_trl_puts_a_bos_before_the_prompt(world, tmp_path):
     """Pythia's tokenizer names <|endoftext|> its BOS, and CPOTrainer prepends it to every prompt, where DPOTrainer and RLOOTrainer do not. The recipe
     has none (1.2): the policy was fine-tuned and is sampled without it. Ours gives TRL's number on prompts that begin with that token."""
     lines, _, _ = their_simpo(world, tmp_path / "theirs", tokenizer_of(world), beta=2.0)
-    options = dict(model=str(world / "policy"), loss="simpo", batch_size=N, lr=0.0, gamma=0.7, beta=2.0)
+    options = dict(model=str(world / "policy"), loss="simpo", batch_size=N, lr=1e-30, gamma=0.7, beta=2.0)
     plain, _ = ours(train_simpo, tmp_path / "plain", world / "data", **options)
     assert differ(plain["loss"], lines[0]["loss"])
     changed = change_table(world, tmp_path / "data", "pairs_train", query_token=lambda ids: [0] + ids)
@@ -357,11 +357,11 @@ def test_reward_model_of_trl_is_read_before_the_eos_if_padding_is_eos(world, tmp
     """A tokenizer without a padding token, Pythia's on the hub, gets EOS for one in TRL; transformers looks for the last token that is no padding,
     and finds the one before the EOS. By the recipe (3) the reward is read at the EOS. Ours gives TRL's number on answers without EOS."""
     start = fresh_reward_model(world, tmp_path / "start")
-    lines, _, _ = their_reward_model(world, tmp_path / "theirs", start, tokenizer_of(world, pad_token="<|endoftext|>"), learning_rate=0.0)
-    plain, _ = our_reward_model(world, tmp_path / "plain", world / "data", lr=0.0)
+    lines, _, _ = their_reward_model(world, tmp_path / "theirs", start, tokenizer_of(world, pad_token="<|endoftext|>"), learning_rate=1e-30)
+    plain, _ = our_reward_model(world, tmp_path / "plain", world / "data", lr=1e-30)
     assert differ(plain["margins"], lines[0]["margin"])
     changed = change_table(world, tmp_path / "data", "pairs_train", chosen_token=lambda ids: ids[:-1], rejected_token=lambda ids: ids[:-1])
-    without, _ = our_reward_model(world, tmp_path / "without", changed, lr=0.0)
+    without, _ = our_reward_model(world, tmp_path / "without", changed, lr=1e-30)
     assert without["margins"] == close(lines[0]["margin"]) and without["loss"] == close(lines[0]["loss"])
 
 
