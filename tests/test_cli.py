@@ -255,15 +255,8 @@ def test_no_prepared_data(tmp_path):
 
 def test_tokenizer_must_be_the_data_s_own(data_dir, tmp_path):
     check_tokenizer(data_dir, tiny_tokenizer(), vocab_size=TOKENIZER.get_vocab_size(), model="m")
-    with pytest.raises(
-        UserError,
-        match=f"m: the tokenizer has {TOKENIZER.get_vocab_size()} tokens, the model's embedding only 50 rows",
-    ):
+    with pytest.raises(UserError, match="m: the data has tokens up to 275, the model's embedding only 50 rows"):
         check_tokenizer(data_dir, TOKENIZER, vocab_size=50, model="m")
-    other = tiny_tokenizer()
-    other.add_tokens(["<new>"])
-    with pytest.raises(UserError, match="the tokenizer of m is not the one"):
-        check_tokenizer(data_dir, other, vocab_size=1000, model="m")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json"):
         check_tokenizer(data_dir, TOKENIZER, vocab_size=1000, model="m")

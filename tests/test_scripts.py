@@ -427,7 +427,7 @@ def test_a_row_that_is_too_long_is_named_before_the_first_step(
     )
 
     long = broken_data(world, tmp_path / "long", table, grown(1))
-    said = f"{table}.parquet: row {row} is longer than the model's context \\(256\\): .*; 1 such rows: drop them"
+    said = f"{table}.parquet: row {row} is longer than the model's context \\(256\\): .*; 1 such rows: drop"
     with pytest.raises(UserError, match=said):
         script.main(again(world, script, tmp_path / "run", data_dir=long, **changes))
     assert not (tmp_path / "run").exists()
