@@ -215,6 +215,7 @@ def main(cfg: Config) -> None:
         **pair_statistics(data["pairs_train"]),
     }
     (aside / "meta.json").write_text(json.dumps(result, indent=2))
+    (out / "meta.json").unlink(missing_ok=True)  # until the new one is there, the directory is unfinished
     move_in(aside / "base", out / "base", last="config.json")
     move_in(aside, out, last="meta.json")
 

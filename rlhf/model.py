@@ -86,7 +86,8 @@ class NeoXConfig:
             kinds = (int, float) if field.type is float else field.type
             sensible = isinstance(value, kinds) and isinstance(value, bool) == (field.type is bool)
             if field.type in (int, float):
-                sensible = sensible and 0 <= value < 2**31 and (field.type is float or value > 0)
+                most = 1000 if field.name == "num_hidden_layers" else 2**21  # a hang, or all memory
+                sensible = sensible and 0 <= value <= most and (field.type is float or value > 0)
             if not sensible:
                 raise UserError(f"config.json: {field.name} is {value!r}, which is no sensible {field.type.__name__}")
         config = NeoXConfig(**known)
