@@ -153,7 +153,6 @@ def main(cfg: Config) -> dict:
         parts = [scores(prompts[s], responses[s]).cpu() for s in bar]
         return torch.cat(parts)  # (N, K)
 
-    loss = None  # stays None if a resumed run had no update left to make
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         indices = batch_indices(rows, cfg.batch_size, step, cfg.seed)
@@ -189,7 +188,7 @@ def main(cfg: Config) -> dict:
         answers = [[r] for r in references["reference_response_token"]]
         rewards = all_scores(references["query_token"], answers, "mean reward of the references")
         model.fold_offset(rewards.double().mean().item())
-    result = {"loss": loss}
+    result = {"loss": out.last.get("loss")}
     for name in tables(cfg.data_dir, "pairs_validation"):
         notes = [column for column in NOTES if has_column(cfg.data_dir, name, column)]
         table = read_table(cfg.data_dir, name, [*columns, *notes], cfg.eval_rows)

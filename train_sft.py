@@ -136,7 +136,6 @@ def main(cfg: Config) -> dict:
         slices = micro_batches(prompts, responses, cfg.micro_batch_tokens)
         return sum(batch_loss(prompts[s], responses[s], tokens).item() for s in slices)
 
-    loss = None  # stays None if a resumed run had no update left to make
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         prompts, responses = groups_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
@@ -158,7 +157,7 @@ def main(cfg: Config) -> dict:
 
     greedy, ended = generate_all(model, valid["query_token"], 1, R, batch=64, progress="greedy samples")
     quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, gold(cfg.data_dir))
-    return out.finish(model, tokenizer, {"loss": loss, "eval/loss": validation_loss(), **quality})
+    return out.finish(model, tokenizer, {"loss": out.last.get("loss"), "eval/loss": validation_loss(), **quality})
 
 
 if __name__ == "__main__":

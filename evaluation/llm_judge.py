@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,7 +23,9 @@ from evaluation.llm_answers import AnswerCache, Budget, fill, parse_verdict, rea
 from rlhf.config import RunError, UserError
 
 KEY = "OPENAI_API_KEY"
+SECRET = re.compile(r"(key|token|secret|password|auth|sig)[^=&]*=", re.IGNORECASE)  # in a query: ?api_key=...
 TRIES = 8  # of one request, with waits of about 1, 2, 4, ... 60 seconds between them
+TRIES_TO_CONNECT = 3  # of the first connection: a server that is not running is told within seconds
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; a server's Retry-After goes before
 PRICES = {  # dollars per million tokens of prompt and of answer; they change: --judge_price_in, --judge_price_out
     "gpt-4o-mini": (0.15, 0.60),
@@ -44,10 +47,13 @@ class LLMJudge:
             import openai
         except ImportError as error:
             raise UserError("--judge=llm needs the openai package: pip install -r requirements-judge.txt") from error
-        if judge_concurrency < 1 or judge_timeout <= 0 or judge_max_tokens < 1:
-            raise UserError("--judge_concurrency, --judge_timeout and --judge_max_tokens must be at least 1")
         self.openai, self.model, self.url, self.order, self.seed = openai, judge_model, judge_url, judge_order, seed
         url = urlsplit(judge_url)
+        if url.username or url.password or SECRET.search(url.query):
+            raise UserError(f"--judge_url holds a password or a key, and would be written to run.json: put the key "
+                            f"into the environment variable {KEY}")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"--judge_url={judge_url}: expected http://HOST:PORT/v1 or https://HOST/v1")
         local = url.hostname in ("localhost", "127.0.0.1", "::1")
         self.place = url._replace(netloc=url.hostname).geturl() if local else judge_url  # a local server may come back on another port
         self.key = os.environ.get(KEY, "")
@@ -63,6 +69,7 @@ class LLMJudge:
         self.budget = Budget(price, judge_max_requests, judge_max_cost)
         self.concurrency, self.max_tokens = judge_concurrency, judge_max_tokens
         self.client = openai.OpenAI(api_key=self.key or "none", base_url=judge_url, timeout=judge_timeout, max_retries=0)  # `ask` retries
+        self.connected = False  # once: then a server that is gone may come back
         self.not_before = 0.0  # no request of any thread starts before this time
         self.stop = threading.Event()
 
@@ -148,6 +155,7 @@ class LLMJudge:
             reserved = self.budget.take(tokens_in, tokens_out)
             try:
                 reply = self.client.chat.completions.with_raw_response.create(**body)
+                self.connected = True
                 record = read_reply(self.without_key(reply.http_response.text))
                 if any(record["tokens"]):  # else the server does not count, and what was reserved stays the estimate
                     self.budget.settle(reserved, *record["tokens"])
@@ -162,6 +170,11 @@ class LLMJudge:
                     self.not_before = max(self.not_before, time.time() + min(wait, 600))
             except (self.openai.APIError, ValueError) as error:  # its price stays reserved: the server may have answered, and may bill it
                 problem = self.clean(error)
+                if type(error.__cause__).__name__ == "ConnectError":  # nobody there: nothing was sent, nothing is billed
+                    self.budget.settle(reserved, 0, 0)
+                    problem = f"no connection to {self.url}: {error.__cause__}"
+                    if not self.connected and attempt + 1 >= TRIES_TO_CONNECT:
+                        raise RunError(f"judge {self.model}: {problem}. Is the server running?") from error
             asked_to_wait = time.time() < self.not_before
             pause = 0.0 if asked_to_wait or attempt == TRIES - 1 else min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
             if self.stop.wait(pause):
