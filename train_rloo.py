@@ -86,6 +86,8 @@ class Config:
     samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...

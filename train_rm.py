@@ -68,6 +68,8 @@ class Config:
     eval_rows: int = 0  # rows of each validation table (0 = all)
     save_every: int = 200  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # data order and the weights of the head
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...

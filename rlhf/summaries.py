@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.data import has_column, read_table
+from rlhf.files import write_file
 from rlhf.model import EOS
 from rlhf.pretrained import read_tokenizer
 from rlhf.run import finite
@@ -100,9 +101,7 @@ def log_samples(
         rows = zip(texts[n * K : (n + 1) * K], *columns, strict=True)
         shown = [finite(dict(zip(("text", "score", "reward", "ended"), row))) for row in rows]
         kept.append(json.dumps({"step": step, "prompt": prompt, "responses": shown}))
-    aside = file.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in kept))
-    aside.replace(file)
+    write_file(file, "".join(line + "\n" for line in kept))
 
 
 def gold_scores(gold: Gold, posts: list[Post], summaries: list[Summary]) -> list[float]:

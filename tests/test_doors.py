@@ -8,6 +8,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -537,3 +538,48 @@ def test_own_data_and_own_reward_by_the_commands_of_the_readme(prepare, models, 
     assert given == pytest.approx(expected) and len(texts) == 4
     assert "scores_over_reference" not in first and first["raw_scores"] < 1
     from_pretrained("out/own/rloo")
+
+
+# --- logs elsewhere
+
+
+def test_trackers_get_the_lines_of_the_log(reward_file, monkeypatch):
+    """Stand-ins for the two packages: what they are given is what metrics.jsonl has, also after a resume."""
+    got = {"wandb": [], "tensorboard": []}
+    opened = []
+
+    def init(**options):
+        opened.append(options)
+        log = lambda numbers, step: got["wandb"].append({"step": step, **numbers})  # noqa: E731
+        return SimpleNamespace(log=log)
+
+    class SummaryWriter:
+        def __init__(self, directory, purge_step):
+            opened.append((directory, purge_step))
+
+        def add_scalar(self, name, number, step):
+            got["tensorboard"].append((step, name, number))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    with pytest.raises(RunError, match="stops returned inf"):
+        rloo(reward_fn="reward.py:stops", wandb="mine", tensorboard=True)
+    lines = lines_of("rloo/metrics.jsonl")
+    assert got["wandb"] == lines and len(lines) == 3
+    assert got["tensorboard"][:2] == [(1, "episode", 8), (1, "scores", lines[0]["scores"])]
+    rloo(reward_fn="reward.py:brief", wandb="mine", tensorboard=True, out_dir="other")
+    rloo(reward_fn="reward.py:stops", wandb="mine", tensorboard=True, resume=True)
+    assert opened[1::2] == [("rloo/tensorboard", 1), ("other/tensorboard", 1), ("rloo/tensorboard", 3)]
+    first, other, again = opened[::2]
+    assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow" and first["project"] == "mine"
+
+
+@pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_tracker_is_told_before_the_run(reward_file, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"--{name} needs a package: pip install {name}"):
+        rloo(reward_fn="reward.py:brief", **{name: "x"})
+    assert not Path("rloo").exists()
