@@ -35,7 +35,7 @@ CONTINUED = re.compile(r"^    (?:#  +| +# *)(\S.*)$")
 # What a number may be: a square bracket includes the end, a round one leaves it out.
 RANGES = {
     # optimization
-    "lr": "(0, inf)",
+    "lr": "[0, inf)",
     "warmup": "[0, 1]",
     "batch_size": "[1, inf)",
     "epochs": "(0, inf)",
@@ -50,7 +50,7 @@ RANGES = {
     "missing_eos_penalty": "[0, inf)",
     "invalid_logprob_fill": "(-inf, inf)",
     # sampling
-    "k": "[2, inf)",
+    "k": "[1, inf)",
     "episodes": "[1, inf)",
     "ppo_epochs": "[1, inf)",
     "clip": "(0, inf)",

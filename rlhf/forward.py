@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.groups import Groups
-from rlhf.logprobs import compare_logprobs, head_nll, token_logprobs
+from rlhf.logprobs import compare_logprobs, head_nll, token_logprobs, top_logprobs
 from rlhf.model import PAD, NeoX
 
 
@@ -22,6 +22,8 @@ class TokenStats:
     ref_logprobs  log-prob of the token under the reference; None without a reference
     kl            KL(model || reference) of the whole next-token distributions; None without a reference
     mean_logits   mean over the vocabulary of the model's logits; None if not asked for
+    top_logprobs  (N, K, R, k) log-probs of the model's k best tokens, differentiable; None if not asked for
+    top_is_token  (N, K, R, k) which of these is the response's own token
     """
 
     logprobs: Tensor
@@ -29,6 +31,8 @@ class TokenStats:
     ref_logprobs: Tensor | None = None
     kl: Tensor | None = None
     mean_logits: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    top_is_token: Tensor | None = None
 
 
 def known(ids: Tensor, rows: int) -> Tensor:
@@ -44,18 +48,24 @@ def predicting(model: NeoX, groups: Groups, ids: Tensor) -> Tensor:
 
 def token_stats(
     model: NeoX, groups: Groups, temperature: float = 1.0, reference: NeoX | None = None, *,
-    mean_logits: bool = False,
+    mean_logits: bool = False, top_k: int = 0,
 ) -> TokenStats:
     """`TokenStats` of the response tokens of a packed row, at a sampling temperature.
 
+    With top_k, those of the best tokens too, and none of the reference.
     The reference may have another width than the model. The numbers of both come from one pass over the
     vocabulary, in chunks: no (tokens, V) matrix is held (see logprobs.py). A reference with another padded
     vocabulary takes three: log-probs and entropy are of each model's own whole distribution, the one that the
     policy samples from, and `kl` compares the columns that both have.
     """
     head, targets = model.embed_out.weight, groups.targets
+    top = None
     with model.autocast():
-        if reference is None:
+        if top_k:
+            hidden = predicting(model, groups, groups.ids)  # (M, C)
+            columns = top_logprobs(hidden, head, targets, top_k, temperature)  # (M,) twice, (M, k) twice
+            *columns, best, top = columns
+        elif reference is None:
             hidden = predicting(model, groups, groups.ids)  # (M, C)
             columns = token_logprobs(hidden, head, targets, temperature)  # (M,) each
         else:
@@ -67,6 +77,10 @@ def token_stats(
             compare = compare_logprobs if len(head) == len(ref_head) else compare_common
             columns = compare(hidden, head, ref_hidden, ref_head, targets, temperature)  # (M,) each
     stats = TokenStats(*map(groups.unpack, columns))
+    if top is not None:
+        own = top == targets[:, None]  # (M, k)
+        stats.top_logprobs = torch.stack([groups.unpack(column) for column in best.unbind(1)], -1)
+        stats.top_is_token = torch.stack([groups.unpack(column) for column in own.unbind(1)], -1)
     if mean_logits:  # mean_v (h . w_v) = h . mean_v w_v
         stats.mean_logits = groups.unpack(hidden.detach().float() @ head.detach().mean(0))
     return stats
