@@ -521,7 +521,7 @@ def test_own_data_and_own_reward_by_the_commands_of_the_readme(prepare, models, 
     shown = readme_block("jsonl", "prompt")
     others = [{"prompt": f"Q: Which animal is number {i}?\nA:", "response": " A dog is."} for i in range(40)]
     Path("answers.jsonl").write_text(shown + "".join(json.dumps(row) + "\n" for row in others))
-    Path("reward.py").write_text(readme_block("python", "def brief"))
+    Path("reward.py").write_text(readme_block("py", "def brief"))
     commands = readme_block("bash", "--reward_fn=").replace("EleutherAI/pythia-160m", "model").splitlines()
     assert [shlex.split(command)[1] for command in commands] == ["data/jsonl.py", "train_sft.py", "train_rloo.py"]
     more = ["", "--batch_size=8 --eval_rows=2", "--batch_size=8 --episodes=16 --eval_rows=2"]
