@@ -146,7 +146,7 @@ def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
 def model_scores(
     reward_model: NeoX, pack_rows: Callable, prompts: list, responses: list, references: list,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the responses (n, K), and of the references (n, 0 or 1), which ride along as response K + 1."""
+    """Scores of the responses (n, K) and, as response K + 1 in the same row, of the references (n, 0 or 1)."""
     groups = pack_rows(prompts, [own + human for own, human in zip(responses, references)])
     scores = response_scores(reward_model, groups)  # (n, K or K + 1)
     K = len(responses[0])

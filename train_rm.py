@@ -80,7 +80,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
 
 
-NOTES = ("split", "batch", "confidence")  # columns of a validation table that accuracy is told by, if it has them
+NOTES = ("split", "batch", "confidence")  # accuracy is told by each of these that a validation table has
 
 
 def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -119,8 +119,8 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} pairs x {cfg.epochs} epochs: "
                         "no update to make")
     if cfg.center and not has_column(cfg.data_dir, "sft_train", "reference_response_token"):
-        raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become 0: "
-                        "give --center=false, then the rewards keep their offset")
+        raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become "
+                        "0: give --center=false, then the rewards keep their offset")
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()

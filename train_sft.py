@@ -24,7 +24,7 @@ import torch
 from data.gold import gold
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, has_column, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, check_tokenizer, column_names, read_meta, read_table
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -90,7 +90,8 @@ def main(cfg: Config) -> dict:
     check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
-    if has_column(cfg.data_dir, "sft_train", "query_token") and not has_column(cfg.data_dir, "sft_train", TARGET):
+    there = column_names(cfg.data_dir, "sft_train")
+    if there and TARGET not in there:
         raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: prepare "
                         "rows with a response (of all scripts only train_rloo.py needs none)")
     columns = ["query_token", TARGET]

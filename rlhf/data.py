@@ -83,7 +83,9 @@ def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model:
             f"{own.get(token, 'unknown')} in the model; prepare the data again with --tokenizer={model}"
         )
     if (last := max(prepared.values())) >= vocab_size:
-        raise UserError(f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows")
+        raise UserError(
+            f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows"
+        )
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -36,7 +36,7 @@ class TokenStats:
 
 
 def known(ids: Tensor, rows: int) -> Tensor:
-    """Ids as another model reads what the policy sampled: padding for those beyond the `rows` of its vocabulary.
+    """Ids as another model reads what the policy sampled: padding for those beyond its `rows`, its vocabulary.
     Pythia's vocabularies are padded from 50277 tokens to 50304 or 50432, depending on the size."""
     return torch.where(ids < rows, ids, PAD)
 

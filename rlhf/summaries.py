@@ -59,12 +59,13 @@ def read_column(data_dir: str, table: str, column: str, limit: int = 0) -> list:
 def read_posts(
     data_dir: str, table: str, columns: list[str], limit: int = 0,
 ) -> tuple[list[Post], dict[str, list]]:
-    """The posts of a prepared table, and the named further columns. A table without ids has the numbers of its rows."""
-    rows = {c: read_column(data_dir, table, c, limit) for c in ("query", "query_token", *columns)}
+    """The posts of a prepared table, and the named further columns. Rows without an id have their number."""
+    there = [c for c in ("id", "facts") if has_column(data_dir, table, c)]
+    names = ["query", "query_token", *there, *columns]
+    rows = {name: read_column(data_dir, table, name, limit) for name in names}
     n = len(rows["query"])
-    own = {c: read_column(data_dir, table, c, limit) for c in ("id", "facts") if has_column(data_dir, table, c)}
-    ids = own.get("id", [str(i) for i in range(n)])
-    facts = own.get("facts", [None] * n)
+    ids = rows.get("id", [str(i) for i in range(n)])
+    facts = rows.get("facts", [None] * n)
     return [Post(*row) for row in zip(ids, rows["query"], rows["query_token"], facts)], rows
 
 
@@ -90,7 +91,7 @@ def log_samples(
     file: Path, step: int, tokenizer: Tokenizer, prompts: list[list[int]], responses: list[list[list[int]]],
     batch: dict[str, Tensor],
 ) -> None:
-    """Adds the first prompts of a scored rollout to a jsonl file: text, score, reward and ended of each response.
+    """Adds the first prompts of a scored rollout to a jsonl file, each response with score, reward and ended.
     Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
     lines = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < step]
@@ -197,8 +198,8 @@ def summary_metrics(
     data_dir: str, table: str, tokenizer: Tokenizer, samples: list[list[list[int]]], ended: Tensor,
     gold: Gold | None,
 ) -> dict[str, float | None]:
-    """The few numbers a training script ends with, of one greedy summary for each first row of an sft table; ROUGE
-    where the table has references."""
+    """The few numbers a training script ends with, of one greedy summary for each first row of an sft table;
+    ROUGE where the table has references."""
     posts, _ = read_posts(data_dir, table, [], len(samples))
     summaries = sampled_summaries(tokenizer, samples, ended)
     metrics = {
