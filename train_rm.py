@@ -89,8 +89,8 @@ def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 
 def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dict[str, float]:
-    """Share of pairs whose chosen response scores higher: of all, and by each of NOTES that the table has; and
-    the share in which it is the longer one."""
+    """Share of pairs whose chosen response scores higher: of all, and by each of NOTES that the table has;
+    and the share in which it is the longer one."""
     right = share_right(chosen, rejected)  # (pairs,)
     chosen_length = torch.tensor([len(tokens) for tokens in table["chosen_token"]])
     rejected_length = torch.tensor([len(tokens) for tokens in table["rejected_token"]])

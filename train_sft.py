@@ -92,8 +92,8 @@ def main(cfg: Config) -> dict:
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
     there = column_names(cfg.data_dir, "sft_train")
     if there and TARGET not in there:
-        raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: prepare "
-                        "rows with a response (of all scripts only train_rloo.py needs none)")
+        raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: "
+                        "prepare rows with a response (of all scripts only train_rloo.py needs none)")
     columns = ["query_token", TARGET]
     train = read_table(cfg.data_dir, "sft_train", columns, cfg.train_rows)
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
@@ -111,7 +111,8 @@ def main(cfg: Config) -> dict:
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
-    uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, R)]
+    uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0)]
+    uses += [("sft_validation", cfg.eval_rows, R)]
     check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:

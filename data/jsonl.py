@@ -6,9 +6,9 @@
     {"prompt": ...}                                    RLOO with a reward that needs no reference
 
 A file has rows of one kind; several files may have different ones. Prompt and response are joined as they
-stand: a prompt that ends in "Answer:" wants responses that begin with a space. A response gets its EOS here. Rows that
-are longer than --prompt_tokens or --response_tokens are dropped and counted, so are rows with two equal
-responses. Without --validation a share of the prompts is held out, with all rows of each.
+stand: a prompt that ends in "Answer:" wants responses that begin with a space. A response gets its EOS here.
+Rows that are longer than --prompt_tokens or --response_tokens are dropped and counted, so are rows with two
+equal responses. Without --validation a share of the prompts is held out, with all rows of each.
 
     python data/jsonl.py --train=posts.jsonl --tokenizer=EleutherAI/pythia-160m --out_dir=out/own/data
 """
@@ -84,7 +84,7 @@ def read_row(row: dict, kind: str) -> dict:
     if kind == "rankings":
         number = len(value(row, "responses", list))
         if number < 2:
-            raise UserError(f"{row['where']}: column 'responses' has {number} texts, a ranking needs at least 2")
+            raise UserError(f"{row['where']}: 'responses' has {number} texts, a ranking needs at least 2")
         columns = [f"responses.{i}" for i in range(number)]
     notes = {name: value(row, name, *types) for name, types in NOTES.items() if name in row}
     name = row.get("id")
@@ -97,7 +97,7 @@ def read_row(row: dict, kind: str) -> dict:
 
 
 def read_kinds(files: str) -> dict[str, list[dict]]:
-    """The rows of all files by kind. Raises UserError with file and row for the first that is not in order."""
+    """The rows of all files by kind. Raises UserError with file and row for the first that is bad."""
     kinds = {kind: [] for kind in KINDS}
     for name in files.split(","):
         path = Path(name)
@@ -140,8 +140,8 @@ def hold_out(kinds: dict[str, list[dict]], share: float, seed: int) -> tuple[dic
 
 
 def table_rows(kinds: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Rows of sft, pairs and rankings. Where no file has rows of a kind, they are made of those that say more:
-    pairs of the best and the worst of a ranking, SFT rows of the chosen response of a pair."""
+    """Rows of sft, pairs and rankings. Where no file has rows of a kind, they are made of those that say
+    more: pairs of the best and the worst of a ranking, SFT rows of the chosen response of a pair."""
     rankings = kinds["rankings"]
     pairs = kinds["pairs"] or [{**row, "texts": [row["texts"][0], row["texts"][-1]]} for row in rankings]
     sft = kinds["responses"] or [{**row, "texts": row["texts"][:1]} for row in pairs] or kinds["prompts"]
@@ -160,7 +160,7 @@ def text_columns(name: str, texts: list, suffix: str = "") -> dict:
 def tokenise(
     name: str, rows: list[dict], tokenizer: Tokenizer, cfg: Config,
 ) -> tuple[list[dict], dict[str, int]]:
-    """Rows of a table as it is written, without those that are too long or teach nothing; counts of them all."""
+    """Rows of a table as it is written, without those that are too long or teach nothing; counts of all."""
     prompts = encode(tokenizer, [row["query"] for row in rows])
     flat = iter(encode(tokenizer, [text for row in rows for text in row["texts"]]))
     table, counts = [], Counter(rows=0, long_prompts=0, long_responses=0, ties=0)
@@ -194,8 +194,8 @@ def plan_of(cfg: Config) -> dict[str, list[dict]]:
     plan = {f"{name}_train": rows for name, rows in table_rows(train).items()}
     plan |= {f"{name}_validation": rows for name, rows in table_rows(valid).items() if name != "rankings"}
     if plan["pairs_train"] and not plan["pairs_validation"]:
-        raise UserError("there are pairs to train on and none to validate: name a file of them in --validation, or "
-                        "raise --validation_share")
+        raise UserError("there are pairs to train on and none to validate: name a file of them in "
+                        "--validation, or raise --validation_share")
     return {name: rows for name, rows in plan.items() if rows}
 
 
@@ -214,8 +214,9 @@ def main(cfg: Config) -> None:
         print(f"{name:18} {found}")
         if not tables[name]:
             raise UserError(f"{name}: none of {len(rows)} rows is left ({found})")
-    print(f"dropped: long_prompts, of more than {cfg.prompt_tokens} tokens (--prompt_tokens); long_responses, "
-          f"of more than {cfg.response_tokens} with EOS (--response_tokens); ties, with two equal responses")
+    print(f"dropped: long_prompts, of more than {cfg.prompt_tokens} tokens (--prompt_tokens); "
+          f"long_responses, of more than {cfg.response_tokens} with EOS (--response_tokens); "
+          "ties, of two equal responses")
     queries = {name: {row["query"] for row in rows} for name, rows in tables.items()}
     if shared := queries["sft_train"] & queries["sft_validation"]:
         print(f"{len(shared)} prompts are in training and in validation: the validation numbers will flatter")

@@ -41,8 +41,9 @@ def load_reward_fn(name: str) -> RewardFn:
         raise UserError(f"--reward_fn={name}: no such file: {path}")
     path = path.resolve()
     sys.path.append(str(path.parent))  # for what it imports from beside it
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_fn_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the file is the user's: anything can happen
@@ -55,7 +56,7 @@ def load_reward_fn(name: str) -> RewardFn:
 
 
 def rewards_of(reward_fn: RewardFn, prompts: list[str], texts: list[str]) -> Tensor:
-    """What `reward_fn` returns, (n,) float32. Raises RunError, with a prompt, unless it is n finite numbers."""
+    """What `reward_fn` returns, (n,) float32. RunError, with a prompt, unless it is n finite numbers."""
     name = f"--reward_fn: {getattr(reward_fn, '__name__', 'the function')}"
     go_on = "mend it and continue with --resume"
     try:

@@ -47,8 +47,8 @@ TRACKERS = {  # option: the module that it needs, how it is opened
 
 
 class Trackers:
-    """Trackers(config)(step, metrics) writes to those that the config names; they are opened at the first line,
-    when the run has its directory."""
+    """Trackers(config)(step, metrics) writes to those that the config names. They are opened at the first
+    line, when the run has its directory."""
 
     def __init__(self, config):
         self.config = config

@@ -1,5 +1,5 @@
-"""Rows and small models for the tests of own data and own rewards; what is made of them: `prepare` and `models` in
-conftest.py."""
+"""Rows and small models for the tests of own data and own rewards; what is made of them: `prepare` and
+`models` in conftest.py."""
 
 import json
 from pathlib import Path

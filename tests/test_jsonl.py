@@ -60,8 +60,8 @@ def test_validation_of_its_own(prepare, capsys):
     tables = prepare({"a.jsonl": LINES[:10], "valid.jsonl": LINES[9:]}, validation="valid.jsonl")
     assert [len(tables[name]) for name in ("sft_train", "sft_validation")] == [10, 11]
     assert "1 prompts are in training and in validation" in capsys.readouterr().out
-    unfit = [(ALONE, "either both have responses, or neither"), (LINES, "pairs to train on and none to validate")]
-    for valid, said in unfit:
+    unfit = {"either both have responses, or neither": ALONE, "pairs to train on and none to validate": LINES}
+    for said, valid in unfit.items():
         with pytest.raises(UserError, match=said):
             prepare({"a.jsonl": PAIRS, "valid.jsonl": valid}, validation="valid.jsonl", overwrite=True)
 
@@ -160,7 +160,7 @@ def test_tables_of_tokens_alone_are_enough(prepare, models):
 
 
 def test_prompts_alone(prepare, models):
-    """Enough for RLOO, its last samples too; the others say in one line, before they start, what they need."""
+    """Enough for RLOO, its last samples too; the others say in one line what they need."""
     prepare({"a.jsonl": ALONE})
     result = rloo(reward_model="rm")
     assert result["greedy/tokens"] > 0 and "greedy/rougeL" not in result

@@ -1,5 +1,5 @@
-"""Own rewards: a function in place of a reward model, the samples it is shown on, the README's commands from own rows to
-a trained policy; and logs for other programs."""
+"""Own rewards: a function in place of a reward model, samples of what it scored, and the README's commands
+from own rows to a trained policy; logs for other programs."""
 
 import json
 import re
@@ -61,11 +61,11 @@ def reward_file(prepare, models):
     ("reward.py:missing", r"no function missing in .*reward.py \(functions there: brief, broken,"),
     ("reward.py:number", "no function number"),
     ("syntax.py:f", "syntax.py cannot be imported: SyntaxError"),
-    ("imports.py:f", "imports.py cannot be imported: ModuleNotFoundError in line 2: .* 'nowhere_to_be_found'"),
+    ("imports.py:f", "imports.py cannot be imported: ModuleNotFoundError in line 2: .*'nowhere_at_all'"),
 ])
 def test_a_reward_function_that_cannot_be_had(reward_file, name, said):
     Path("syntax.py").write_text("def f(:")
-    Path("imports.py").write_text("\nimport nowhere_to_be_found")
+    Path("imports.py").write_text("\nimport nowhere_at_all")
     with pytest.raises(UserError, match=f"--reward_fn={name.split(':')[0]}.*{said}"):
         rloo(reward_fn=name)
     assert not Path("rloo").exists()
@@ -112,7 +112,8 @@ def test_samples_show_what_was_scored(reward_file):
         assert line["prompt"] in prompts and len(line["responses"]) == 2
         for response in line["responses"]:
             assert response["score"] == pytest.approx(-len(response["text"]) / 10 + 1, rel=1e-6)
-            assert response.keys() == {"text", "score", "reward", "ended"} and response["ended"] in (True, False)
+            assert response.keys() == {"text", "score", "reward", "ended"}
+            assert response["ended"] in (True, False)
     terms = [[r["reward"] - r["score"] for r in line["responses"]] for line in lines]
     assert not any(map(any, terms[:3])) and any(map(any, terms[3:]))  # the KL is 0 before the first update
 
@@ -139,13 +140,15 @@ def test_own_data_and_own_reward_by_the_commands_of_the_readme(prepare, models, 
     Path("answers.jsonl").write_text(shown + "".join(json.dumps(row) + "\n" for row in others))
     Path("reward.py").write_text(readme_block("py", "def brief"))
     commands = readme_block("bash", "--reward_fn=").replace("EleutherAI/pythia-160m", "model").splitlines()
-    assert [shlex.split(command)[1] for command in commands] == ["data/jsonl.py", "train_sft.py", "train_rloo.py"]
+    scripts = [shlex.split(command)[1] for command in commands]
+    assert scripts == ["data/jsonl.py", "train_sft.py", "train_rloo.py"]
     more = ["", "--batch_size=8 --eval_rows=2", "--batch_size=8 --episodes=16 --eval_rows=2"]
     for command, options in zip(commands, more):
         run_script(command, options, monkeypatch)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["out_dir"] == "out/own/rloo" and result["scores"] < 1
-    (first, *_), (sampled, *_) = lines_of("out/own/rloo/metrics.jsonl"), lines_of("out/own/rloo/samples.jsonl")
+    first = lines_of("out/own/rloo/metrics.jsonl")[0]
+    sampled = lines_of("out/own/rloo/samples.jsonl")[0]
     namespace = {}
     exec(Path("reward.py").read_text(), namespace)
     texts = [response["text"] for response in sampled["responses"]]
@@ -190,7 +193,8 @@ def test_trackers_get_the_lines_of_the_log(reward_file, monkeypatch):
     rloo(reward_fn="reward.py:stops", wandb="mine", tensorboard=True, resume=True)
     assert opened[1::2] == [("rloo/tensorboard", 1), ("other/tensorboard", 1), ("rloo/tensorboard", 3)]
     first, other, again = opened[::2]
-    assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow" and first["project"] == "mine"
+    assert first["id"] == again["id"] != other["id"]
+    assert again["resume"] == "allow" and first["project"] == "mine"
 
 
 @pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
