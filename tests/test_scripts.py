@@ -514,6 +514,7 @@ def test_command_line(script, call, tmp_path):
     needed = [
         f"--{field}=nowhere" for field, f in fields.items() if f.default is MISSING and field != "out_dir"
     ]
+    needed += ["--reward_model=nowhere"] if script == "train_rloo" else []  # or --reward_fn
     code, _, err = call(script, *needed, "--out_dir=x", "--lrr=1")
     assert code == 2 and err.endswith("error: unrecognized arguments: --lrr=1\n")
     code, _, err = call(script, *needed)
