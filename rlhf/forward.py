@@ -1,5 +1,4 @@
-"""Groups -> numbers per token or per response: the only place that runs a model on a packed row and reads its
-head.
+"""Groups -> numbers per token or per response: the only place where a model reads a packed row, and its head.
 
 A precision (autocast) or a sharded head has to be known here and in `generate.py`, and nowhere else.
 """

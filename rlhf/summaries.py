@@ -1,7 +1,8 @@
 """Posts and summaries as text, and what can be counted on a summary without a judge.
 
-ROUGE (the `rouge_score` package's, an extra), repetition, novelty against the post, distinct n-grams, and the
-gold reward where the caller has one. N-grams are of lower-case words; a text too short for one has rate 0.
+ROUGE (the `rouge_score` package's, an extra), repetition, novelty against the post, distinct n-grams,
+and the gold reward where the caller has one. N-grams are of lower-case words; a text too short for one has
+rate 0.
 """
 
 import json
@@ -114,15 +115,20 @@ def gold_scores(gold: Gold, posts: list[Post], summaries: list[Summary]) -> list
 
 
 def rouge_rows(references: list[str], summaries: list[str]) -> list[dict[str, float]] | None:
-    """F-measures of ROUGE-1, -2 and -L of each summary against its reference, without stemming as in N+; None
-    without the package."""
+    """F-measures of ROUGE-1, -2 and -L of each summary against its reference; None without the package.
+
+    Without stemming, as in summarize_from_feedback_details (github vwxyzjn), sft.py.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         return None
     scorer = RougeScorer(list(ROUGE), use_stemmer=False)
-    scores = [scorer.score(r, s) for r, s in zip(references, summaries, strict=True)]
-    return [{name: score.fmeasure for name, score in row.items()} for row in scores]
+    rows = []
+    for reference, summary in zip(references, summaries, strict=True):
+        scores = scorer.score(reference, summary)
+        rows.append({name: score.fmeasure for name, score in scores.items()})
+    return rows
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -138,13 +144,16 @@ def repetition(text: str, n: int = 3) -> float:
 
 def novelty(text: str, post: str, n: int = 2) -> float:
     """Share of a text's n-grams that the post does not have: 0 = copied from the post."""
-    grams, known = ngrams(text, n), set(ngrams(post, n))
+    grams = ngrams(text, n)
+    known = set(ngrams(post, n))
     return sum(gram not in known for gram in grams) / len(grams) if grams else 0.0
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Different n-grams over all n-grams of all texts together (distinct-n): low = the summaries of different
-    posts say the same."""
+    """Different n-grams over all n-grams of all texts together (distinct-n).
+
+    Low = the summaries of different posts say the same.
+    """
     grams = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
@@ -178,7 +187,7 @@ def text_means(rows: list[dict[str, float]], summaries: list[str]) -> dict[str, 
 def summary_rows(
     posts: list[Post], references: list[Summary], summaries: list[Summary], gold: Gold | None,
 ) -> list[dict]:
-    """What is known of each summary without a model: ROUGE, repetition, novelty, and `gold` rewards."""
+    """What is known of each summary without a model: ROUGE, repetition, novelty; with `gold` gold rewards."""
     rows = text_rows([p.query for p in posts], [r.text for r in references], [s.text for s in summaries])
     if not gold:
         return rows
