@@ -52,9 +52,19 @@ def move_in(aside: Path, out: Path, last: str) -> None:
     aside.rmdir()
 
 
+def replace_tables(aside: Path, out: Path) -> None:
+    """Prepared data that was written to `aside` becomes what `out` holds: no table of another run stays,
+    and until meta.json is there the directory is unfinished."""
+    (out / "meta.json").unlink(missing_ok=True)
+    for kind in ("sft_*.parquet", "pairs_*.parquet", "rankings_*.parquet"):
+        for old in out.glob(kind):
+            old.unlink()
+    move_in(aside, out, last="meta.json")
+
+
 def check_data_dir(out: Path, world: str, overwrite: bool) -> None:
-    """Raises UserError unless `out` is a new directory, or prepared data of the same world (or what a kill left
-    of it) that --overwrite may replace."""
+    """Raises UserError unless `out` is a new directory, or prepared data of the same world (or what a kill
+    left of it) that --overwrite may replace."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file; use another one")
     if not out.exists() or not any(path.name != WRITING for path in out.iterdir()):
