@@ -203,10 +203,11 @@ PLAN = [  # table, folder, split, what makes a row, only CNN/DM rows (True), onl
 ]
 
 
-def write_tables(cfg: Config, folder: Path, tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
+def write_tables(
+    cfg: Config, files: dict[str, list[Path]], folder: Path, tokenizer: Tokenizer,
+) -> dict[str, dict[str, int]]:
     """{table: what was counted of it}. A bad row is named before anything is tokenised, not after hours."""
     template = replace(TLDR, limit=cfg.max_prompt_tokens)
-    files = {name: find_files(cfg.source, where, split) for name, where, split, _, _ in PLAN}
     for name, _, _, make_row, cnndm in PLAN:
         if not cnndm:  # the last table reads the files of the one before
             for row in read_rows(files[name], f"checking {name}"):
@@ -245,9 +246,10 @@ def main(cfg: Config) -> None:
     check_ranges(cfg)
     check_apart(cfg.out_dir, *(path for path in (cfg.source, cfg.tokenizer) if Path(path).exists()))
     check_data_dir(out, "tldr", cfg.overwrite)
+    files = {name: find_files(cfg.source, where, split) for name, where, split, _, _ in PLAN}
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
     aside = out / WRITING
-    tables = write_tables(cfg, aside, tokenizer)
+    tables = write_tables(cfg, files, aside, tokenizer)
     print_counts(tables, cfg.cnndm_once)
     (aside / "tokenizer.json").write_bytes(tokenizer_file)
     result = {

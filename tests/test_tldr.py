@@ -521,7 +521,7 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
     assert f"{EOS} must have id 0, it has None" in message(tokenizer=str(tmp_path / "other.json"))
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json: not a tokenizer.json" in message(tokenizer=str(tmp_path / "broken.json"))
-    monkeypatch.setattr(tldr, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(source, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     assert message(tokenizer="some/model") == "--tokenizer some/model: not a file, and no tokenizer.json on the hub: no network"
     (tmp_path / "source/comparisons/train.jsonl").unlink()
     assert "no comparisons/train.parquet or .jsonl" in message()
