@@ -15,6 +15,7 @@ CPU, toy world (half a minute; kl about 1.6; gold up to 0.2, then 0.1):
 GPU, Pythia 1B (published win rate about 51 %): bash runs/paper_1b.sh
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -79,7 +80,7 @@ class Config:
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
     save_every: int = 100  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all, for curves over training)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
     seed: int = 1  # prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -92,16 +93,16 @@ class Config:
 
 
 def check(cfg: Config) -> None:
+    check_ranges(cfg)
     if cfg.advantage not in ADVANTAGES:
         raise UserError(f"--advantage={cfg.advantage}: known are {', '.join(ADVANTAGES)}")
-    if cfg.k < 2:
-        raise UserError(f"--k={cfg.k}: the leave-one-out baseline needs at least 2 responses per prompt")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p={cfg.top_p} must be above 0 and at most 1")
     if cfg.temperature <= 0:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
     if cfg.batch_size % cfg.k:
         raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
+    if cfg.top_p < 1:
+        print(f"warning: --top_p={cfg.top_p}: samples of the nucleus, log-probs and gradient of the full "
+              "distribution: the gradient is biased", file=sys.stderr)
 
 
 def policy_gradient(
@@ -180,7 +181,8 @@ def main(cfg: Config) -> dict:
         own = load_tokenizer(name, cfg.revision)
         check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
     context = policy.config.max_position_embeddings
-    check_context(cfg.data_dir, context, ("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R))
+    uses = [("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R)]
+    check_tables(cfg.data_dir, [model for model, _ in models], *uses)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()

@@ -24,11 +24,10 @@ import torch
 from tqdm import tqdm
 
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
+from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import (
     batch_indices,
-    check_context,
-    check_distinct,
+    check_tables,
     check_tokenizer,
     read_meta,
     read_table,
@@ -67,7 +66,7 @@ class Config:
     # eval and logging
     eval_rows: int = 0  # rows of each validation table (0 = all)
     save_every: int = 200  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
     seed: int = 1  # data order and the weights of the head
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -102,11 +101,11 @@ def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dic
 
 
 def main(cfg: Config) -> dict:
+    check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     read_meta(cfg.data_dir)
     columns = ["query_token", "chosen_token", "rejected_token"]
     train = read_table(cfg.data_dir, "pairs_train", columns, cfg.train_rows)
-    check_distinct(cfg.data_dir, "pairs_train", train)
     rows = len(train["query_token"])
     total = int(rows * cfg.epochs / cfg.batch_size)  # the last incomplete batch is dropped
     if total < 1:
@@ -125,7 +124,7 @@ def main(cfg: Config) -> dict:
     uses = [("pairs_train", cfg.train_rows, 0)]
     uses += [(name, cfg.eval_rows, 0) for name in tables(cfg.data_dir, "pairs_validation")]
     uses += [("sft_train", cfg.center_rows, 0)] if cfg.center else []
-    check_context(cfg.data_dir, model.config.max_position_embeddings, *uses)
+    check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_layers(model)
@@ -142,7 +141,8 @@ def main(cfg: Config) -> dict:
     @torch.no_grad()
     def all_scores(prompts: list, responses: list, name: str) -> torch.Tensor:
         slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
-        parts = [scores(prompts[s], responses[s]).cpu() for s in tqdm(slices, desc=name, leave=False)]
+        bar = tqdm(slices, desc=name, leave=False, disable=None)
+        parts = [scores(prompts[s], responses[s]).cpu() for s in bar]
         return torch.cat(parts)  # (N, K)
 
     loss = None  # stays None if a resumed run had no update left to make

@@ -23,8 +23,8 @@ import torch
 
 from data.gold import gold
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -62,7 +62,7 @@ class Config:
     eval_rows: int = 256  # validation rows for the loss and for greedy samples (ROUGE, length, EOS)
     eval_every: int = 0  # updates between two validation losses (0 = only at the end)
     save_every: int = 200  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
     seed: int = 1  # data order and, from scratch, the weights
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -82,6 +82,7 @@ def learnt_part(query: list[int], response: list[int], loss_on: str) -> tuple[li
 
 
 def main(cfg: Config) -> dict:
+    check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
     columns = ["query_token", "reference_response_token"]
@@ -102,7 +103,7 @@ def main(cfg: Config) -> dict:
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
     uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, R)]
-    check_context(cfg.data_dir, model.config.max_position_embeddings, *uses)
+    check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from data.gold import gold
 from rlhf.common import adamw, frozen, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import pack
@@ -93,7 +93,7 @@ class Config:
     eval_rows: int = 256  # validation pairs for the loss and accuracy, validation prompts for greedy samples
     eval_every: int = 0  # updates between two evaluations on validation pairs (0 = only at the end)
     save_every: int = 200  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all, for curves over training)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
     seed: int = 1  # data order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -149,6 +149,7 @@ def pair_metrics(
 
 
 def main(cfg: Config) -> dict:
+    check_ranges(cfg)
     cfg, options = with_options(cfg)
     loss_fn = PREFERENCE_LOSSES[cfg.loss]
     reads = extras(loss_fn)  # what it reads beside log-probs
@@ -180,10 +181,10 @@ def main(cfg: Config) -> dict:
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = policy.config.max_position_embeddings
-    check_context(
-        cfg.data_dir, context, (table, cfg.train_rows, 0), ("pairs_validation", cfg.eval_rows, 0),
-        ("sft_validation", cfg.eval_rows, meta["response_tokens"]), *([("sft_train", 0, 0)] if sft else []),
-    )
+    uses = [(table, cfg.train_rows, 0), ("pairs_validation", cfg.eval_rows, 0)]
+    uses += [("sft_validation", cfg.eval_rows, meta["response_tokens"])]
+    uses += [("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []
+    check_tables(cfg.data_dir, list(models.values()), *uses)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()

@@ -24,8 +24,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from bench import peers
 from rlhf.common import setup
-from rlhf.run import Run
 from rlhf.config import RunError, UserError, command_line
+from rlhf.out_dir import describe
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, save_pretrained
 from rlhf.matmul import linear
@@ -324,7 +324,7 @@ def main(cfg: Config) -> dict:
     works, sides = checked(cfg)
     device = setup(1, cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    about, results = Run.describe(cfg), []
+    about, results = describe(cfg), []
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU")
     allocator = "as it is" if cfg.untuned else "tuned on all sides (rlhf.common.setup: freed memory is kept)"
     seen: list[dict] = []  # ceilings before the first task and after each: the best counts, a busy moment shows

@@ -132,7 +132,7 @@ class LLMJudge:
             pool = ThreadPoolExecutor(self.concurrency)
             try:
                 jobs = [pool.submit(self.ask, *p) for p in plan]
-                for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"judge {self.model}", leave=False):
+                for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"judge {self.model}", leave=False, disable=None):
                     job.result()
             finally:  # after an error or Ctrl-C: no new request, and what is under way still reaches the cache
                 self.stop.set()

@@ -12,7 +12,10 @@ from rlhf.model import NeoX
 
 
 def setup(seed: int, device: str) -> torch.device:
-    """Seeds torch, picks the device ("auto": cuda if there is one), sets up what makes it fast. The only place that decides these things."""
+    """Seeds torch, picks the device ("auto": cuda if there is one) and sets up what makes it fast.
+
+    Raises UserError for a device that torch does not have.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -29,7 +32,10 @@ def setup(seed: int, device: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to reuse freed buffers instead of unmapping them: faulting fresh pages in costs more than the arithmetic on them."""
+    """Tells glibc to reuse freed buffers instead of unmapping them.
+
+    To map fresh pages costs more time than the arithmetic on them.
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
@@ -39,29 +45,35 @@ def keep_freed_memory() -> None:
 
 
 def frozen(model: NeoX) -> NeoX:
-    """For inference only. Where matrix products run in bfloat16, its matrices are kept in it: half the memory,
-    and no cast of all weights at every forward; the numbers are the same. Embedding, norms and a reward head
-    stay float32, as under autocast.
+    """The model, in place, for inference only: its matrices are kept in `matmul_dtype`.
+
+    In bfloat16 that halves the memory and saves the cast of all weights at every forward; the numbers are the
+    same. Embedding, norms and a reward head stay float32, as under autocast.
     """
     model.eval().requires_grad_(False)
+    embedding = model.gpt_neox.embed_in.weight
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "score" and module.weight is not model.gpt_neox.embed_in.weight:
+        if isinstance(module, nn.Linear) and name != "score" and module.weight is not embedding:
             module.to(model.matmul_dtype)
     return model
 
 
 def adamw(model: nn.Module, lr: float, *, eps: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with torch's betas, on all parameters alike, as N+ does (recipe 2)."""
+    """AdamW on all parameters alike, with torch's betas (github vwxyzjn/summarize_from_feedback_details)."""
     return torch.optim.AdamW(model.parameters(), lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float) -> float:
-    """Learning rate of update `step` of `total`: linear warm-up over the share `warmup`, then "cosine" or "linear" to 0, or "constant"."""
+    """Learning rate of update `step` of `total`.
+
+    Linear warm-up over the share `warmup` of all updates, then "cosine" or "linear" to 0, or "constant".
+    """
     warm = round(warmup * total)
     if step < warm:
         return peak * (step + 1) / warm
     done = (step - warm) / max(1, total - warm)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return peak * decay[schedule]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -69,21 +81,30 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float, step: int) -> float:
-    """Clips (0 = only measures), checks, steps, clears; returns the gradient norm before clipping. A non-finite loss or gradient ends the run."""
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float, step: int,
+) -> float:
+    """Clips the gradient (0: does not), updates the weights, clears the gradient; returns its unclipped norm.
+
+    Raises RunError, before the update, if the loss or the norm is not finite.
+    """
     if max_grad_norm:
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     else:
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     if not math.isfinite(norm) or not math.isfinite(loss):
-        raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not updated; lower --lr or resume an earlier checkpoint")
+        raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not "
+                       "updated; lower --lr or resume an earlier checkpoint")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 class Timer:
-    """Seconds spent in each named phase. On CUDA measured by events in the queue, so that a lap does not wait for the device; reading does."""
+    """Seconds spent in each named phase.
+
+    On CUDA they are measured by events in the queue: `lap` does not wait for the device, `seconds` does.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -102,19 +123,23 @@ class Timer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        if self.device.type == "cuda":
+        cuda = self.device.type == "cuda"
+        if cuda:
             torch.cuda.synchronize(self.device)
         out: dict[str, float] = {}
         for (_, began), (phase, ended) in zip(self.laps, self.laps[1:]):
-            out[phase] = out.get(phase, 0.0) + (began.elapsed_time(ended) / 1e3 if self.device.type == "cuda" else ended - began)
+            spent = began.elapsed_time(ended) / 1e3 if cuda else ended - began
+            out[phase] = out.get(phase, 0.0) + spent
         return out
 
     def metrics(self, tokens: int, **passes: int) -> dict[str, float]:
-        """seconds/<phase>, their sum, and tokens_per_second/<phase> of the phases in `passes`, each of which went
-        over these response tokens that often."""
+        """seconds/<phase>, their sum as seconds, and tokens_per_second/<phase> for the phases in `passes`.
+
+        passes: phase=how often it went over these `tokens` response tokens.
+        """
         seconds = self.seconds
         return {
             **{f"seconds/{phase}": spent for phase, spent in seconds.items()},
             "seconds": sum(seconds.values()),
-            **{f"tokens_per_second/{phase}": often * tokens / seconds[phase] for phase, often in passes.items()},
+            **{f"tokens_per_second/{phase}": n * tokens / seconds[phase] for phase, n in passes.items()},
         }

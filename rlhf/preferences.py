@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import UserError
-from rlhf.data import check_distinct, has_column, read_table
+from rlhf.data import has_column, read_table
 from rlhf.forward import TokenStats, token_stats
 from rlhf.groups import Groups, micro_batches
 from rlhf.masked import masked_mean, seq_logprobs
@@ -40,7 +40,6 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
     if ranked:
         responses = rows["responses_token"]
     else:
-        check_distinct(data_dir, table, rows)
         responses = [list(pair) for pair in zip(rows["chosen_token"], rows["rejected_token"])]
     batch = {"prompts": rows["query_token"], "responses": responses}
     batch |= {extra: rows[column] for extra, column in wanted.items()}
@@ -55,17 +54,17 @@ def read_sft(data_dir: str, table: str) -> Batch:
 
 
 def check_preferences(path: str, batch: Batch) -> None:
-    K = len(batch["responses"][0])
-    for i, responses in enumerate(batch["responses"]):
-        if len(responses) != K:
-            raise UserError(f"{path}: row {i} has {len(responses)} responses and row 0 has {K}; "
-                            "every ranking needs the same number")
     for i, label in enumerate(batch.get("labels", [])):
         if label is None or not 0 <= label <= 1:
             raise UserError(f"{path}: the preference of row {i} is {label}; it is a probability, from 0 to 1")
     for i, scores in enumerate(batch.get("scores", [])):
+        K = len(batch["responses"][i])
         if len(scores) != K:
             raise UserError(f"{path}: row {i} has {len(scores)} rewards for {K} responses")
+    objectives = batch.get("objectives", [])
+    for i, row in enumerate(objectives):
+        if len(row) != len(objectives[0]):
+            raise UserError(f"{path}: row {i} has {len(row)} objectives and row 0 has {len(objectives[0])}")
 
 
 def rows_of(batch: Batch, rows: list[int] | slice) -> Batch:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from rlhf.config import UserError
+from rlhf.config import RunError, UserError
 from rlhf.model import NeoX, NeoXConfig
 
 
@@ -64,6 +64,9 @@ def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> No
                     if (shape := file.get_slice(key).get_shape()) != list(wanted[key].shape):
                         raise UserError(f"{directory / name}: {key} has shape {shape}, config.json asks for {list(wanted[key].shape)}")
                     wanted[key].copy_(file.get_tensor(key))
+                if not all_finite(wanted[key]):
+                    raise UserError(f"{directory / name}: {key} holds numbers that are not finite "
+                                    "(a run that diverged?)")
                 left.discard(key)
         except UserError:
             raise
@@ -71,6 +74,12 @@ def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> No
             raise UserError(f"{directory / name}: not a readable safetensors file ({error}); half-written?") from error
     if left:
         raise UserError(f"{directory}: tensors missing from the file: {', '.join(sorted(left)[:4])}" + (" ..." if len(left) > 4 else ""))
+
+
+@torch.no_grad()
+def all_finite(tensor: torch.Tensor) -> bool:
+    low, high = tensor.aminmax()  # nan if one is; no mask as large as the tensor
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def matmul_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -120,6 +129,9 @@ def from_pretrained(
 
 def save_pretrained(model: NeoX, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5_000_000_000) -> None:
     """Writes config.json, model.safetensors (sharded above `shard_bytes`) and the tokenizer: a directory that `transformers` opens with the same numbers."""
+    for name, tensor in model.named_parameters():
+        if not all_finite(tensor):
+            raise RunError(f"{name} holds numbers that are not finite, so the model was not saved: lower --lr")
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config.to_dict() | dict.fromkeys(["dtype", "torch_dtype"], str(dtype).removeprefix("torch."))
     if model.head == "embed_out":

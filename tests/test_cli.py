@@ -70,8 +70,8 @@ def fails(monkeypatch, capsys, *arguments, main=None) -> tuple[int, str]:
 
 def test_defaults_and_overrides(monkeypatch):
     assert parse(monkeypatch, "--out_dir=x") == Config(out_dir="x")
-    cfg = parse(monkeypatch, "--out_dir=a b", "--lr=1e-4", "--steps", "3", "--loss=simpo", "--k=4", "--clip=0.5", "--keep=-1")
-    assert cfg == Config(out_dir="a b", lr=1e-4, steps=3, loss="simpo", k=4, clip=0.5, keep=-1)
+    cfg = parse(monkeypatch, "--out_dir=a b", "--lr=1e-4", "--steps", "3", "--loss=simpo", "--k=4", "--clip=0.5", "--keep=3")
+    assert cfg == Config(out_dir="a b", lr=1e-4, steps=3, loss="simpo", k=4, clip=0.5, keep=3)
 
 
 @pytest.mark.parametrize("text, value", [
@@ -218,9 +218,9 @@ def test_tokenizer_must_be_the_data_s_own(data_dir, tmp_path):
 
 
 def test_pairs_that_teach_nothing():
-    check_distinct("d", "pairs", {"chosen_token": [[1], [2]], "rejected_token": [[2], [1]]})
+    check_distinct("pairs", pa.array([[1], [2]]), pa.array([[2], [1]]))
     with pytest.raises(UserError, match="chosen equals rejected in 2 rows, the first is row 1"):
-        check_distinct("d", "pairs", {"chosen_token": [[1], [2], [3]], "rejected_token": [[2], [2], [3]]})
+        check_distinct("pairs", pa.array([[1], [2], [3]]), pa.array([[2], [2], [3]]))
 
 
 # --- common.py: schedule and step
@@ -343,7 +343,7 @@ def test_checkpoints_that_stay(keep, expected, cfg):
     assert folders(cfg) == [f"step_{step:08d}" for step in expected]  # and no folder half-written
     for step in expected:
         folder = out(cfg) / "ckpt" / f"step_{step:08d}"
-        assert (folder / "trainer.pt").exists() == (step == 6)  # only the newest can be resumed
+        assert (folder / "trainer.pt").exists() == (step >= 4)  # the newest two can be resumed
         from_pretrained(str(folder))
 
 
@@ -365,7 +365,7 @@ def test_unreadable_trainer_state(cfg):
     train(cfg, 4)
     state = out(cfg) / "ckpt" / "step_00000004" / "trainer.pt"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(UserError, match="step_00000004/trainer.pt: not readable"):
+    with pytest.raises(UserError, match="step_00000004/trainer.pt: damaged .* to go on from step_00000002"):
         train(replace(cfg, resume=True), 8)
 
 

@@ -270,9 +270,10 @@ def test_bad_values_are_named(world, tmp_path):
     with pytest.raises(UserError, match="row 0 has 2 rewards for 4 responses"):
         train(world, tmp_path / "run", data_dir=str(data), loss="rrhf")
     responses = pq.read_table(rankings)["responses_token"].to_pylist()
-    change(rankings, responses_token=[responses[0], responses[1][:3], *responses[2:]])
+    change(rankings, rewards=[[0.0] * 4, [0.0] * 3, *[[0.0] * 4] * 14],
+           responses_token=[responses[0], responses[1][:3], *responses[2:]])
     for name in RANKED:
-        with pytest.raises(UserError, match="row 1 has 3 responses and row 0 has 4; every ranking"):
+        with pytest.raises(UserError, match="row 1 has 3 responses, the first row 4; every row"):
             train(world, tmp_path / "run", data_dir=str(data), loss=name)
 
 

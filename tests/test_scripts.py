@@ -4,6 +4,7 @@ and refuse bad input with one clear line and nothing overwritten."""
 import importlib
 import json
 import math
+import runpy
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_a_run_directory_explains_itself(world, script, capsys):
     assert [line["step"] for line in metrics(run)] == list(range(1, 5))
     assert all(math.isfinite(v) for line in metrics(run) for v in line.values())
     assert [p.name for p in sorted((run / "ckpt").iterdir())] == ["step_00000002", "step_00000004"]
-    assert [(p / "trainer.pt").exists() for p in sorted((run / "ckpt").iterdir())] == [False, True]
+    assert [(p / "trainer.pt").exists() for p in sorted((run / "ckpt").iterdir())] == [True, True]
 
 
 @each_script
@@ -261,7 +262,7 @@ def test_resume_refuses_other_settings_and_a_damaged_checkpoint(world, tmp_path)
         train_sft.main(again(world, train_sft, run, resume=True))
     weights_file = run / "ckpt/step_00000004/model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="half-written"):
+    with pytest.raises(UserError, match="model.safetensors: damaged"):
         train_sft.main(again(world, train_sft, run, resume=True))
 
 
@@ -278,7 +279,7 @@ def broken_data(world: Path, tmp_path: Path, name: str, change) -> str:
 
 
 @pytest.mark.parametrize("script, changes, message", [
-    (train_rloo, dict(k=1), "at least 2 responses"),
+    (train_rloo, dict(k=1), "--k=1 must be at least 2"),
     (train_rloo, dict(batch_size=15), "not divisible"),
     (train_rloo, dict(reward="entropy"), "--reward=entropy: no term 'entropy'"),
     (train_rloo, dict(advantage="gae"), "known are rloo, grpo"),
@@ -374,6 +375,7 @@ def test_resume_on_another_kind_of_device_is_refused(world, tmp_path):
         if (folder / "trainer.pt").exists():
             state = torch.load(folder / "trainer.pt", weights_only=True)
             torch.save({**state, "generator": torch.zeros(16, dtype=torch.uint8)}, folder / "trainer.pt")  # the size of CUDA's
+            (folder / "checksums.json").unlink()
     with pytest.raises(UserError, match="another kind of device"):
         train_rloo.main(again(world, train_rloo, run, resume=True))
 
@@ -382,9 +384,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(world, tmp_path)
     shutil.copytree(world / "sft", tmp_path / "sft")
     from safetensors.torch import save_file
     tensors = load_file(tmp_path / "sft/model.safetensors")
-    tensors["gpt_neox.final_layer_norm.weight"][0] = float("nan")
+    tensors["gpt_neox.final_layer_norm.weight"][:] = 3e38  # finite, but no sum of two of them is
     save_file(tensors, tmp_path / "sft/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match="step 0: loss nan"):
+    with pytest.raises(RunError, match="step 0: loss (nan|inf|-inf)"):
         train_rm.main(again(world, train_rm, tmp_path / "rm", model=str(tmp_path / "sft")))
 
 
@@ -406,34 +408,39 @@ def test_an_existing_run_is_not_overwritten(world, tmp_path):
 # --- the command line
 
 
-def call(cwd: Path, script: str, *args):
-    return subprocess.run([sys.executable, ROOT / f"{script}.py", *args], capture_output=True, text=True, cwd=cwd)
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(script, *arguments) -> (exit code, stdout, stderr) of `python script.py arguments` in an empty folder."""
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+    return run
 
 
-@pytest.mark.parametrize("name", ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate"])
-def test_command_line(name, tmp_path):
-    """--help explains every option; an unknown option or value is exit code 2 and one line."""
-    fields = importlib.import_module(name).Config.__dataclass_fields__
-    shown = call(tmp_path, name, "--help")
-    assert shown.returncode == 0
-    for field in fields:
-        assert f"--{field}" in shown.stdout
+@pytest.mark.parametrize("script", ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate"])
+def test_command_line(script, call, tmp_path):
+    """--help explains every option; an unknown option or a missing one is exit code 2 and one line."""
+    fields = importlib.import_module(script).Config.__dataclass_fields__
+    code, out, _ = call(script, "--help")
+    assert code == 0 and all(f"--{field}" in out for field in fields)
     needed = [f"--{field}=nowhere" for field, f in fields.items() if f.default is MISSING and field != "out_dir"]
-    wrong = call(tmp_path, name, *needed, "--out_dir=x", "--lrr=1")
-    assert wrong.returncode == 2 and wrong.stderr.endswith("error: unrecognized arguments: --lrr=1\n")
-    lacking = call(tmp_path, name, *needed)
-    assert lacking.returncode == 2 and lacking.stderr.endswith("the following arguments are required: --out_dir\n")
-    missing = call(tmp_path, name, *needed, "--out_dir=x")
-    assert missing.returncode == 2
-    assert missing.stderr.strip().splitlines()[-1].startswith("error: nowhere: no prepared data there")
+    code, _, err = call(script, *needed, "--out_dir=x", "--lrr=1")
+    assert code == 2 and err.endswith("error: unrecognized arguments: --lrr=1\n")
+    code, _, err = call(script, *needed)
+    assert code == 2 and err.endswith("the following arguments are required: --out_dir\n")
+    code, _, err = call(script, *needed, "--out_dir=x")
+    assert code == 2 and err.splitlines()[-1].startswith("error: nowhere: no prepared data there")
     assert not list(tmp_path.iterdir())
 
 
-def test_help_of_train_simpo_tells_every_loss_with_its_defaults(tmp_path):
-    shown = call(tmp_path, "train_simpo", "--help").stdout
-    assert shown.endswith(describe(PREFERENCE_LOSSES) + "\n")
-    assert "\n  simpo       beta 2, gamma 0.5, label_smoothing 0\n" in shown
-    assert "\n  ipo         beta 0.05; reads a reference\n" in shown
+def test_help_of_train_simpo_tells_every_loss_with_its_defaults(call):
+    _, out, _ = call("train_simpo", "--help")
+    assert out.endswith(describe(PREFERENCE_LOSSES) + "\n")
+    assert "\n  simpo       beta 2, gamma 0.5, label_smoothing 0\n" in out
+    assert "\n  ipo         beta 0.05; reads a reference\n" in out
 
 
 def test_run_json_of_train_simpo_tells_the_options_that_were_used(world, tmp_path):
@@ -449,10 +456,9 @@ def test_run_json_of_train_simpo_tells_the_options_that_were_used(world, tmp_pat
     assert told("default beta", loss="simpo", gamma_beta_ratio=0.3) == (2.0, 0.6, None, 0.0)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
-def test_training_loads_no_judge_and_no_statistics(script):
-    """Nor what draws, or asks a language model. With what a training script does load, so that the list is a list."""
-    program = f"import sys, {script.__name__}\nprint(*sys.modules)"
+def test_training_loads_no_judge_and_no_statistics():
+    """Nor what draws, or asks a language model; and of what they do load there is a list, so an empty one fails."""
+    program = f"import {', '.join(s.__name__ for s in SCRIPTS)}, sys\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert {"rlhf", "torch", "pyarrow"} <= loaded
