@@ -1,4 +1,4 @@
-"""Evaluation: summaries of one or many checkpoints, measured, and judged against the human reference.
+r"""Evaluation: summaries of one or many checkpoints, measured, and judged against the human reference.
 
     win rate = mean over posts of preference(summary over reference), ties half
 

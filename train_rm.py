@@ -29,6 +29,7 @@ from rlhf.data import (
     batch_indices,
     check_tables,
     check_tokenizer,
+    has_column,
     read_meta,
     read_table,
     tables,
@@ -77,23 +78,27 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
 
 
+NOTES = ("split", "batch", "confidence")  # columns of a validation table that accuracy is told by, if it has them
+
+
 def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """(pairs,): 1 where the chosen response has the higher number, 0.5 at a tie, else 0."""
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
 def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dict[str, float]:
-    """Share of pairs whose chosen response scores higher: of all, by split, by batch, by confidence; and the
-    share in which it is the longer one."""
+    """Share of pairs whose chosen response scores higher: of all, and by each of NOTES that the table has; and
+    the share in which it is the longer one."""
     right = share_right(chosen, rejected)  # (pairs,)
     chosen_length = torch.tensor([len(tokens) for tokens in table["chosen_token"]])
     rejected_length = torch.tensor([len(tokens) for tokens in table["rejected_token"]])
     longer = share_right(chosen_length, rejected_length)  # (pairs,)
     out = {"accuracy": right.mean().item(), "longer_wins_accuracy": longer.mean().item(), "pairs": len(right)}
-    for column in ("split", "batch", "confidence"):
+    for column in [column for column in NOTES if column in table]:
         members = defaultdict(list)
         for i, value in enumerate(table[column]):
-            members[value].append(i)
+            if value is not None:
+                members[value].append(i)
         if len(members) > 1:
             for value, rows in sorted(members.items()):
                 out[f"accuracy/{column}={value}"] = right[rows].mean().item()
@@ -111,6 +116,9 @@ def main(cfg: Config) -> dict:
     if total < 1:
         raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} pairs x {cfg.epochs} epochs: "
                         "no update to make")
+    if cfg.center and not has_column(cfg.data_dir, "sft_train", "reference_response_token"):
+        raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become 0: "
+                        "give --center=false, then the rewards keep their offset")
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
@@ -176,15 +184,15 @@ def main(cfg: Config) -> dict:
         out.checkpoint(step + 1, model, tokenizer, optimizer)
 
     if cfg.center:
-        columns = ["query_token", "reference_response_token"]
-        references = read_table(cfg.data_dir, "sft_train", columns, cfg.center_rows)
+        answered = ["query_token", "reference_response_token"]
+        references = read_table(cfg.data_dir, "sft_train", answered, cfg.center_rows)
         answers = [[r] for r in references["reference_response_token"]]
         rewards = all_scores(references["query_token"], answers, "mean reward of the references")
         model.fold_offset(rewards.double().mean().item())
     result = {"loss": loss}
     for name in tables(cfg.data_dir, "pairs_validation"):
-        columns = ["query_token", "chosen_token", "rejected_token", "split", "batch", "confidence"]
-        table = read_table(cfg.data_dir, name, columns, cfg.eval_rows)
+        notes = [column for column in NOTES if has_column(cfg.data_dir, name, column)]
+        table = read_table(cfg.data_dir, name, [*columns, *notes], cfg.eval_rows)
         pairs = [list(pair) for pair in zip(table["chosen_token"], table["rejected_token"])]
         chosen, rejected = all_scores(table["query_token"], pairs, name).unbind(1)
         measured = accuracies(chosen, rejected, table)

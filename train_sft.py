@@ -24,7 +24,7 @@ import torch
 from data.gold import gold
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, check_tokenizer, has_column, read_meta, read_table
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -73,6 +73,9 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
 
 
+TARGET = "reference_response_token"  # the column that is learnt
+
+
 def learnt_part(query: list[int], response: list[int], loss_on: str) -> tuple[list[int], list[list[int]]]:
     """(prompt, [response]) such that the response holds the tokens that are learnt: with "all", every token
     but the very first, which nothing predicts."""
@@ -85,7 +88,10 @@ def main(cfg: Config) -> dict:
     check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
-    columns = ["query_token", "reference_response_token"]
+    if has_column(cfg.data_dir, "sft_train", "query_token") and not has_column(cfg.data_dir, "sft_train", TARGET):
+        raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: prepare "
+                        "rows with a response (of all scripts only train_rloo.py needs none)")
+    columns = ["query_token", TARGET]
     train = read_table(cfg.data_dir, "sft_train", columns, cfg.train_rows)
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
     rows = len(train["query_token"])

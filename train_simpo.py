@@ -181,10 +181,11 @@ def main(cfg: Config) -> dict:
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = policy.config.max_position_embeddings
-    uses = [(table, cfg.train_rows, 0), ("pairs_validation", cfg.eval_rows, 0)]
-    uses += [("sft_validation", cfg.eval_rows, meta["response_tokens"])]
-    uses += [("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []
-    check_tables(cfg.data_dir, list(models.values()), *uses)
+    check_tables(
+        cfg.data_dir, list(models.values()), (table, cfg.train_rows, 0),
+        ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
+        *([("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []),
+    )
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()

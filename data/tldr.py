@@ -6,7 +6,7 @@ One difference: `<|endoftext|>` written out in a post or a summary is text and c
 The CNN/DM batches batch0_cnndm and cnndm0 are the same 437 rows upstream: kept twice as in N+, once with --cnndm_once.
 A source directory has tldr_3_filtered/{train,validation,test} and comparisons/{train,validation}, each .parquet or .jsonl.
 
-    python data/tldr.py --out_dir=out/tldr/data
+    python data/tldr.py --out_dir=out/tldr
     python data/tldr.py --out_dir=out/sample/data --source=../shared/tldr --tokenizer=../shared/tokenizer.json
 """
 

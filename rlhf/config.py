@@ -35,7 +35,7 @@ CONTINUED = re.compile(r"^    (?:#  +| +# *)(\S.*)$")
 # What a number may be: a square bracket includes the end, a round one leaves it out.
 RANGES = {
     # optimization
-    "lr": "(0, inf)",
+    "lr": "[0, inf)",
     "warmup": "[0, 1]",
     "batch_size": "[1, inf)",
     "epochs": "(0, inf)",
@@ -56,7 +56,7 @@ RANGES = {
     "missing_eos_penalty": "[0, inf)",
     "invalid_logprob_fill": "(-inf, inf)",
     # sampling
-    "k": "[2, inf)",
+    "k": "[1, inf)",
     "episodes": "[1, inf)",
     "ppo_epochs": "[1, inf)",
     "clip": "(0, inf)",
@@ -76,6 +76,8 @@ RANGES = {
     "n": "[0, inf)",
     "limit": "[0, inf)",
     "max_prompt_tokens": "[1, inf)",
+    "prompt_tokens": "[1, inf)",
+    "validation_share": "(0, 1)",
     "posts": "[1, inf)",
     "pairs": "[1, inf)",
     "rankings": "[1, inf)",
@@ -83,6 +85,7 @@ RANGES = {
     "test": "[1, inf)",
     # how often, how much at a time
     "eval_every": "[0, inf)",
+    "samples_every": "[0, inf)",
     "save_every": "[0, inf)",
     "keep": "[0, inf)",
     "micro_batch_tokens": "[1, inf)",

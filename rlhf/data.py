@@ -1,8 +1,6 @@
 """Prepared data (written by data/tldr.py or data/toy.py) -> tables and batches. A data directory holds
 parquet tables, meta.json and tokenizer.json."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -72,18 +70,20 @@ def has_column(data_dir: str, name: str, column: str) -> bool:
     return column in column_names(data_dir, name)
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Identifies what a tokenizer does with ids: sha256 over its vocabulary, added tokens included."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
-
-
 def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
-    """Raises UserError if the data was prepared with another tokenizer than the model's, or has ids that the model has no row for."""
-    prepared = read_tokenizer(Path(data_dir) / "tokenizer.json")
-    if fingerprint(prepared) != fingerprint(tokenizer):
-        raise UserError(f"the tokenizer of {model} is not the one that {data_dir} was prepared with: prepare the data again with --tokenizer={model}")
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise UserError(f"{model}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's embedding only {vocab_size} rows")
+    """Raises UserError unless every token of the prepared data has the same id in the model's tokenizer, and a
+    row in its embedding. The model may know more tokens: published models differ by an added [PAD]."""
+    prepared = read_tokenizer(Path(data_dir) / "tokenizer.json").get_vocab()  # {token: id}
+    own = tokenizer.get_vocab()
+    if other := sorted((i, token) for token, i in prepared.items() if own.get(token) != i):
+        i, token = other[0]
+        raise UserError(
+            f"the tokenizer of {model} is not the one that {data_dir} was prepared with: "
+            f"{len(other)} tokens differ, the first is {token!r}, {i} in the data and "
+            f"{own.get(token, 'unknown')} in the model; prepare the data again with --tokenizer={model}"
+        )
+    if (last := max(prepared.values())) >= vocab_size:
+        raise UserError(f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows")
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -108,7 +108,7 @@ def head_gradient(
 ) -> None:
     """Adds the onehot part to a chunk's gradient d_z (m, V) and carries it through the head, in place.
 
-    d_logprobs and targets are (m, J), the J tokens of a position whose log-probs are in the loss.
+    d_logprobs and targets are (m, J): the J tokens of a position whose log-prob is in the loss.
     d_hidden (m, C) is overwritten; to d_weight, held transposed (C, V), the chunk's part is added.
     """
     d_z = d_z.scatter_add_(1, targets, d_logprobs).to(weight.dtype)
@@ -132,13 +132,13 @@ class TokenLogprobs(torch.autograd.Function):
             empty = [torch.empty(len(hidden), device=device) for _ in range(5)]
             logprobs, entropy, normalizer, ref_logprobs, kl = empty  # (M,) each
             top_logprobs = torch.empty(len(hidden), top_k, device=device)  # (M, top_k)
-            top = torch.empty(len(hidden), top_k, dtype=torch.long, device=device)
+            top = torch.empty(len(hidden), top_k, dtype=torch.long, device=device)  # (M, top_k)
             for s in chunks(len(hidden), len(weight), device, chunk):
                 z = chunk_logits(hidden[s], w, temperature)  # (m, V)
                 logprobs[s], entropy[s], normalizer[s] = kernels.target_stats(z, targets[s])
                 if top_k:
-                    best, top[s] = z.topk(top_k, 1)
-                    top_logprobs[s] = best - normalizer[s, None]
+                    values, top[s] = z.topk(top_k, 1)
+                    top_logprobs[s] = values - normalizer[s, None]
                 if ref_w is not None:
                     ref_z = chunk_logits(ref_hidden[s], ref_w, temperature)  # (m, V)
                     ref_logprobs[s], kl[s] = kernels.reference_stats(z, normalizer[s], ref_z, targets[s])
@@ -150,7 +150,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy, ref_logprobs, kl, top_logprobs, top
 
     @staticmethod
-    def backward(ctx, d_logprobs: Tensor | None, d_entropy: Tensor | None, _, __, d_top: Tensor | None, ___):
+    def backward(ctx, d_logprobs, d_entropy, d_ref_logprobs, d_kl, d_top, _):
         hidden, weight, targets, normalizer, entropy, top = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         d_hidden = d_weight = None
@@ -160,12 +160,12 @@ class TokenLogprobs(torch.autograd.Function):
             d_weight = torch.zeros(weight.shape[::-1], device=weight.device)  # (C, V), as the matmul makes it
         if d_logprobs is None:
             d_logprobs = torch.zeros_like(normalizer)
-        targets = targets[:, None]  # (M, 1)
-        d_targets = d_logprobs[:, None]
+        targets = targets[:, None]  # (M, J): the tokens whose log-prob is in the loss
+        d_targets = d_logprobs[:, None]  # (M, J)
         if d_top is not None:
-            targets = torch.cat([targets, top], 1)  # (M, 1 + top_k)
+            targets = torch.cat([targets, top], 1)
             d_targets = torch.cat([d_targets, d_top], 1)
-            d_logprobs = d_targets.sum(1)  # each of them lowers the whole distribution
+            d_logprobs = d_targets.sum(1)
         for s in chunks(len(hidden), len(weight), hidden.device, ctx.chunk):
             z = chunk_logits(hidden[s], w, ctx.temperature)  # (m, V)
             if d_entropy is not None:
@@ -197,10 +197,10 @@ def top_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, top_k: int, temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`token_logprobs` together with the best tokens, in one pass: logprobs, entropy, both (M,), and
+    """`token_logprobs`, and from the same pass the most probable tokens of each position.
 
-    top_logprobs  (M, top_k) log-probs of the top_k most probable tokens, best first, with a gradient
-    top           (M, top_k) which tokens these are
+    Returns logprobs (M,), entropy (M,), top_logprobs (M, top_k), best first, differentiable too, and which
+    tokens they are (M, top_k).
     """
     top_k = min(top_k, len(weight))
     columns = TokenLogprobs.apply(hidden, weight, targets, None, None, temperature, chunk, top_k)

@@ -1,7 +1,9 @@
-"""Models and tokenizers from and to Hugging Face directories: config.json, model.safetensors (one file or shards), tokenizer.json."""
+"""Models and tokenizers from and to Hugging Face directories: config.json, model.safetensors (one file or
+shards), tokenizer.json."""
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -10,23 +12,74 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from rlhf.config import RunError, UserError
-from rlhf.model import NeoX, NeoXConfig
+from rlhf.model import EOS, NeoX, NeoXConfig
 
 
 def resolve(path_or_id: str, revision: str = "main") -> Path:
-    """A local directory with a config.json, or the local copy of a hub repository (config, tokenizer, safetensors), downloaded if need be."""
+    """A local directory with a config.json, or the local copy of a hub repository (config, tokenizer,
+    safetensors), downloaded if need be."""
     path = Path(path_or_id)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{path}: no config.json there (a half-written or unfinished run? look in its ckpt/ folder, or continue it with --resume)")
-        return path
-    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "out/")):
-        raise UserError(f"{path_or_id}: no such directory (and not a hub id like EleutherAI/pythia-1b-deduped)")
+    if not path.is_dir():
+        path = downloaded(path_or_id, revision)
+    if (path / "adapter_config.json").exists() and not has_weights(path):
+        raise UserError(
+            f"{path_or_id}: a LoRA adapter, not a model: merge it into its base model first, with peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIRECTORY)"
+        )
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"{path_or_id}: no config.json there "
+            "(a half-written or unfinished run? look in its ckpt/ folder, or continue it with --resume)"
+        )
+    return path
+
+
+def downloaded(hub_id: str, revision: str) -> Path:
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "out/")):
+        raise UserError(
+            f"{hub_id}: no such directory (and not a hub id like EleutherAI/pythia-1b-deduped)"
+        )
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client has a dozen error types; each means that the model could not be had
-        raise UserError(f"{path_or_id} (revision {revision}): not a local directory, and the hub says: {str(error).splitlines()[0]}") from error
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client has a dozen error types; each means: the model could not be had
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"{hub_id} (revision {revision}): not a local directory, and the hub says: {said}"
+        ) from error
+
+
+def has_weights(directory: Path) -> bool:
+    """Are there safetensors of a model, in one file or in shards? A shard may still be missing."""
+    return any((directory / f"model.safetensors{ending}").exists() for ending in ("", ".index.json"))
+
+
+def check_weights(directory: Path, name: str) -> None:
+    """Raises UserError, saying what to do, for a model directory without safetensors."""
+    if has_weights(directory):
+        return
+    if any(directory.glob("pytorch_model*.bin*")):
+        raise UserError(
+            f"{name}: only pytorch_model.bin, which is not read here (a pickle may run code): convert it "
+            "with transformers' AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIRECTORY) "
+            "(a reward model: AutoModelForSequenceClassification)"
+        )
+    raise UserError(
+        f"{name}: a config.json without weights (model.safetensors: missing): train_sft.py --init=scratch "
+        "starts from random ones; an incomplete download or run has to be finished first; a hub repository "
+        "that has only pytorch_model.bin has to be converted with transformers' save_pretrained"
+    )
+
+
+def check_padding(config: dict, name: str) -> None:
+    """Warns of a reward model that transformers, which looks for the last token that is no padding, would read
+    elsewhere."""
+    if config.get("pad_token_id") == EOS:
+        print(
+            f"warning: {name}: its padding token is the EOS, so TRL and transformers read its score at the "
+            "token before the EOS, and it may be trained so; here the score is read at the EOS",
+            file=sys.stderr,
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -105,7 +158,10 @@ def from_pretrained(
     Raises UserError (see `resolve`, `load_weights`).
     """
     directory = resolve(path_or_id, revision)
-    config = NeoXConfig.from_dict(read_json(directory / "config.json"))
+    raw = read_json(directory / "config.json")
+    config = NeoXConfig.from_dict(raw)
+    if init != "scratch":
+        check_weights(directory, path_or_id)
     with torch.device("meta"):
         model = NeoX(config, head)
     model = model.to_empty(device=device)
@@ -116,8 +172,12 @@ def from_pretrained(
         fresh = NeoX(config, head).init_weights(seed)
         model.load_state_dict(fresh.state_dict())
     else:
-        if head == "score" and not new_head and "ForCausalLM" in str(read_json(directory / "config.json").get("architectures")):
-            raise UserError(f"{path_or_id}: is a language model, not a reward model (train one with train_rm.py)")
+        if head == "score" and not new_head:
+            if "ForCausalLM" in str(raw.get("architectures")):
+                raise UserError(
+                    f"{path_or_id}: is a language model, not a reward model (train one with train_rm.py)"
+                )
+            check_padding(raw, path_or_id)
         skip = ("score.weight", "embed_out.weight") if new_head else ()
         load_weights(model, directory, skip)
         if new_head:
@@ -169,8 +229,19 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> No
 
 
 def load_tokenizer(path_or_id: str, revision: str = "main") -> Tokenizer:
-    """The tokenizer.json of a model directory or hub id."""
-    return read_tokenizer(resolve(path_or_id, revision) / "tokenizer.json")
+    """The tokenizer.json of a model directory or hub id. Raises UserError if its EOS is not token 0, as it is in
+    the GPT-NeoX tokenizer: data and samples here end in that one."""
+    directory = resolve(path_or_id, revision)
+    tokenizer = read_tokenizer(directory / "tokenizer.json")
+    if (file := directory / "tokenizer_config.json").exists():
+        eos = read_json(file).get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if eos is not None and (found := tokenizer.token_to_id(eos)) != EOS:
+            raise UserError(
+                f"{path_or_id}: its tokenizer ends a text with {eos!r} (token {found}); only models whose EOS "
+                f"is token {EOS}, {tokenizer.id_to_token(EOS)!r} here, are supported (Pythia, GPT-NeoX)"
+            )
+    return tokenizer
 
 
 def read_tokenizer(file: Path) -> Tokenizer:

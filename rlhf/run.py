@@ -30,7 +30,7 @@ from rlhf.pretrained import load_weights, read_json, resolve, save_pretrained
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
     "out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "samples_every",
 }
 OTHER_SAMPLES = {"rollout_prompts", "eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them

@@ -1,4 +1,4 @@
-"""Curves of one or several runs, side by side, as a PNG; or a figure of the paper, from a whole study.
+r"""Curves of one or several runs, side by side, as a PNG; or a figure of the paper, from a whole study.
 
     python -m study.plot --runs='KL=out/demo/rloo_kl,MaxEnt=out/demo/rloo_maxent' --out=out/demo/rloo.png \\
         --metrics=scores,gold,kl,entropy

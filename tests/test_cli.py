@@ -206,12 +206,8 @@ def test_no_prepared_data(tmp_path):
 
 def test_tokenizer_must_be_the_data_s_own(data_dir, tmp_path):
     check_tokenizer(data_dir, tiny_tokenizer(), vocab_size=TOKENIZER.get_vocab_size(), model="m")
-    with pytest.raises(UserError, match=f"m: the tokenizer has {TOKENIZER.get_vocab_size()} tokens, the model's embedding only 50 rows"):
+    with pytest.raises(UserError, match="m: the data has tokens up to 275, the model's embedding only 50 rows"):
         check_tokenizer(data_dir, TOKENIZER, vocab_size=50, model="m")
-    other = tiny_tokenizer()
-    other.add_tokens(["<new>"])
-    with pytest.raises(UserError, match="the tokenizer of m is not the one"):
-        check_tokenizer(data_dir, other, vocab_size=1000, model="m")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json"):
         check_tokenizer(data_dir, TOKENIZER, vocab_size=1000, model="m")
@@ -411,7 +407,8 @@ def test_run_scripts_name_what_exists(path):
     lines = [line.split(" #")[0] for line in path.read_text().splitlines()]
     code = "\n".join(line for line in lines if not line.startswith("#") and "pip install" not in line)
     assert not (unknown := set(re.findall(r"--([a-z]\w+)=", code)) - known), unknown
-    for script in re.findall(r"python ([\w/]+\.py)", code):
-        assert (ROOT / script).exists(), script
+    scripts = re.findall(r"python ([\w/]+)\.py", code) + re.findall(r"python -m ([\w.]+)", code)
+    for script in set(scripts) - {"pip", "pytest", "venv"}:
+        assert (ROOT / f"{script.replace('.', '/')}.py").exists(), script
     for reward in re.findall(r"--reward=([^\s\"']+)", code):
         parse_reward(re.sub(r"\$\w+|\$\{\w+\}", "0.1", reward))

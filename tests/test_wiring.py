@@ -14,6 +14,7 @@ import train_rloo
 import train_rm
 import train_sft
 import train_simpo
+from rlhf.groups import Groups
 from rlhf.model import NeoX
 from study import best_of_n
 
@@ -100,6 +101,25 @@ def test_only_the_policy_is_trainable(tiny, script):
     for model, learns in trainable.items():
         matrix = model.gpt_neox.layers[0].attention.dense.weight
         assert matrix.dtype == (torch.float32 if learns else torch.bfloat16)
+
+
+@pytest.mark.parametrize("ppo_epochs", [1, 2, 3])
+def test_the_scoring_pass_is_the_first_learning_pass(tiny, ppo_epochs):
+    """Of the policy on the packed rows of an update: one pass with a gradient per epoch, and one without it after them,
+    for the drift; none for the scoring alone."""
+    passes = []
+
+    def look(module, inputs):
+        trainable = isinstance(module, NeoX) and any(p.requires_grad for p in module.parameters())
+        if trainable and isinstance(getattr(inputs[2], "__self__", None), Groups):  # else a step of generation
+            passes.append("learns" if torch.is_grad_enabled() else "looks")
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        run = tiny.fresh(train_rloo, ppo_epochs=ppo_epochs)
+    finally:
+        handle.remove()
+    assert passes == (["learns"] * ppo_epochs + ["looks"]) * len(log(run))
 
 
 # --- how many updates
