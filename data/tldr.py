@@ -12,8 +12,8 @@ A source directory has tldr_3_filtered/{train,validation,test} and comparisons/{
 
 import hashlib
 import json
-import os
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -30,10 +30,12 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rlhf.config import UserError, command_line  # noqa: E402
+from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
+from rlhf.files import WRITING, check_apart, check_data_dir, move_in  # noqa: E402
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1 in every prepared data directory
 SFT_CAP = 53  # tokens of a response with EOS: the longest human summary, and the cap on generation
+SLACK = 64  # tokens that one character more may take away from the prompt: far more than any was seen to
 CHUNK = 1024  # rows that are tokenised, and written as a row group, at a time
 HUB = {  # folder: data set on the hub, and its folder in the parquet branch that the hub makes of every data set
     "tldr_3_filtered": ("vwxyzjn/summarize_from_feedback_tldr_3_filtered", "*"),
@@ -202,22 +204,34 @@ def most_that_can_fit(tokenizer: Tokenizer, task: Task, fields: dict[str, str]) 
     whatever follows, and nothing before b looks further than b: NFC joins neither character to the one before it, added tokens are runs
     of blanks, and a regex match looks one character ahead. BPE works within a piece. So the tokens before b are the same in every
     prompt that keeps b, at least one follows, and then those of "TL;DR:", which the newline in front of it splits off in the same way.
+
+    A post without blanks (8,000 letters in a row) has no such place, and one step per character would encode it 8,000 times. There the
+    cut begins where SLACK tokens too many are left: what a letter changes are the tokens of the few letters around it.
     """
-    (before, after), text = task.template.split(f"{{{task.field}}}"), task.template.format(**fields)
+    before, after = task.template.split(f"{{{task.field}}}")
+    text = task.template.format(**fields)
+    start = len(before.format(**fields))
+    most = len(fields[task.field])
     room = task.limit - len(encode(tokenizer, [after.lstrip("\n")])[0])  # for what is before b; with one token more the prompt is too long
     if room < 1 or not splits_at_spaces(tokenizer):
-        return len(fields[task.field])
-    end = tokenizer.encode(text, add_special_tokens=False).offsets[room - 1][1]  # `room` tokens end here
-    place = re.compile(r"[!-~][ \n]").search(text, end)
-    return place.end() - 1 - len(before.format(**fields)) if place else len(fields[task.field])
+        return most
+    ends = [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
+    if len(ends) > room + SLACK:
+        most = min(most, max(0, ends[room + SLACK] - start))
+    place = re.compile(r"[!-~][ \n]").search(text, ends[room - 1])  # `room` tokens end there
+    if place:
+        most = min(most, place.end() - 1 - start)
+    return most
 
 
 def cut(post: str, most: int) -> str:
     """The recipe's step, taken again while more than `most` characters are left: such a post cannot fit, and needs no encoding."""
-    while True:
-        post = post[: post.rindex("\n") if "\n" in post else -1]
-        if len(post) <= most or not post:
-            return post
+    end = len(post)
+    while (newline := post.rfind("\n", 0, end)) >= 0:
+        end = newline
+        if end <= most:
+            return post[:end]
+    return post[: max(0, min(end - 1, most))]
 
 
 def make_prompts(tokenizer: Tokenizer, rows: list[dict]) -> tuple[list[str], list[list[int]], list[int]]:
@@ -278,27 +292,19 @@ def add_tokens(tokenizer: Tokenizer, rows: list[dict], counts: Counter) -> list[
 
 
 def write_table(path: Path, rows: Iterable[dict], tokenizer: Tokenizer) -> Counter:
-    """Row groups of CHUNK rows; the file has its name when it is complete. No rows, no file."""
-    counts, rows, temporary, writer = Counter(), iter(rows), path.with_suffix(".tmp"), None
+    """Row groups of CHUNK rows. No rows, no file."""
+    counts, rows, writer = Counter(), iter(rows), None
     try:
         while chunk := list(islice(rows, CHUNK)):
             table = add_tokens(tokenizer, chunk, counts)
             kinds = {list: pa.list_(pa.int32()), int: pa.int32(), str: pa.string()}
             schema = pa.schema([(name, kinds[type(item)]) for name, item in table[0].items()])
-            writer = writer or pq.ParquetWriter(temporary, schema)
+            writer = writer or pq.ParquetWriter(path, schema)
             writer.write_table(pa.Table.from_pylist(table, schema))
     finally:
         if writer:
             writer.close()
-    if writer:
-        os.replace(temporary, path)
     return counts
-
-
-def write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def select(rows: Iterable[dict], cnndm: bool | None, once: bool, counts: Counter) -> Iterator[dict]:
@@ -325,10 +331,9 @@ def select(rows: Iterable[dict], cnndm: bool | None, once: bool, counts: Counter
 
 def main(cfg: Config) -> None:
     start, out, task = time.time(), Path(cfg.out_dir), replace(TLDR, limit=cfg.max_prompt_tokens)
-    if cfg.limit < 0 or cfg.max_prompt_tokens < 1:
-        raise UserError(f"--limit must be at least 0 and --max_prompt_tokens at least 1, not {cfg.limit} and {cfg.max_prompt_tokens}")
-    if out.is_dir() and any(out.iterdir()) and not cfg.overwrite:
-        raise UserError(f"--out_dir {out} is not empty; use another one, or --overwrite")
+    check_ranges(cfg)
+    check_apart(cfg.out_dir, *(path for path in (cfg.source, cfg.tokenizer) if Path(path).exists()))
+    check_data_dir(out, "tldr", cfg.overwrite)
     plan = [(f"sft_{split}", "tldr_3_filtered", split, sft_row, None) for split in ("train", "validation", "test")]
     plan += [("pairs_train", "comparisons", "train", pair_row, None), ("pairs_validation", "comparisons", "validation", pair_row, False)]
     plan += [("pairs_validation_cnndm", "comparisons", "validation", pair_row, True)]
@@ -338,16 +343,16 @@ def main(cfg: Config) -> None:
     for name in list(files)[:-1]:  # a bad row is named now, not after hours; the last table reads the files of the one before
         for row in read_rows(files[name], f"checking {name}"):
             makers[name](row)
-    out.mkdir(parents=True, exist_ok=True)
-    for old in [path for kind in ("meta.json", "sft_*.parquet", "pairs_*.parquet", "rankings_*.parquet") for path in out.glob(kind)]:
-        old.unlink()  # a directory without meta.json is unfinished, and no table of another run stays
+    aside = out / WRITING
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
 
     tables = {}
     for name, _, _, make_row, cnndm in plan:
         selected = Counter(dict.fromkeys(("ties", "repeated"), 0)) if make_row is pair_row else Counter()
         source = read_rows(files[name], name)
         rows = select(map(makers[name], source), cnndm, cfg.cnndm_once, selected)
-        counts = write_table(out / f"{name}.parquet", islice(rows, cfg.limit or None), tokenizer)
+        counts = write_table(aside / f"{name}.parquet", islice(rows, cfg.limit or None), tokenizer)
         source.close()  # with --limit it is not at its end
         if counts["rows"]:
             tables[name] = {**counts, **selected}
@@ -361,7 +366,7 @@ def main(cfg: Config) -> None:
     print(f"{written} rows with {EOS} in a text: kept as text (N+ reads token 0, the end)")
     kept = "dropped" if cfg.cnndm_once else "kept, as in N+; --cnndm_once drops them"
     print(f"{repeated} pairs in both of the CNN/DM batches {' and '.join(SAME_BATCHES)}: {kept}")
-    write(out / "tokenizer.json", tokenizer_file)
+    (aside / "tokenizer.json").write_bytes(tokenizer_file)
     result = {
         "world": "tldr",
         "response_tokens": SFT_CAP,
@@ -372,7 +377,12 @@ def main(cfg: Config) -> None:
         "source": cfg.source,
         "tables": tables,
     }
-    write(out / "meta.json", json.dumps(result, indent=2).encode())
+    (aside / "meta.json").write_text(json.dumps(result, indent=2))
+    (out / "meta.json").unlink(missing_ok=True)  # until the new one is there, the directory is unfinished
+    for kind in ("sft_*.parquet", "pairs_*.parquet", "rankings_*.parquet"):
+        for old in out.glob(kind):
+            old.unlink()  # no table of another run stays
+    move_in(aside, out, last="meta.json")
     print(json.dumps({**result, "seconds": round(time.time() - start, 1)}))
 
 

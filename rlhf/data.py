@@ -71,8 +71,8 @@ def has_column(data_dir: str, name: str, column: str) -> bool:
 
 
 def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
-    """Raises UserError unless every token of the prepared data has the same id in the model's tokenizer, and a
-    row in its embedding. The model may know more tokens: published models differ by an added [PAD]."""
+    """Raises UserError unless every token of the prepared data has the same id in the model's tokenizer, and
+    a row in its embedding. The model may know more tokens: published models differ by an added [PAD]."""
     prepared = read_tokenizer(Path(data_dir) / "tokenizer.json").get_vocab()  # {token: id}
     own = tokenizer.get_vocab()
     if other := sorted((i, token) for token, i in prepared.items() if own.get(token) != i):
@@ -83,7 +83,9 @@ def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model:
             f"{own.get(token, 'unknown')} in the model; prepare the data again with --tokenizer={model}"
         )
     if (last := max(prepared.values())) >= vocab_size:
-        raise UserError(f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows")
+        raise UserError(
+            f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows"
+        )
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:

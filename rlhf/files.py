@@ -10,6 +10,8 @@ import numpy as np
 
 from rlhf.config import UserError
 
+WRITING = ".writing"  # where prepared data is written before it moves to its place
+
 
 def write_file(path: Path, content: str | Callable[[Path], object]) -> None:
     """A text, or what `content` writes to a path. Aside and renamed: nobody ever reads half of it."""
@@ -48,6 +50,22 @@ def move_in(aside: Path, out: Path, last: str) -> None:
         file.replace(out / file.name)
     sync(out)
     aside.rmdir()
+
+
+def check_data_dir(out: Path, world: str, overwrite: bool) -> None:
+    """Raises UserError unless `out` is a new directory, or prepared data of the same world (or what a kill left
+    of it) that --overwrite may replace."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out_dir {out} is a file; use another one")
+    if not out.exists() or not any(path.name != WRITING for path in out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"--out_dir {out} is not empty; use another one, or --overwrite")
+    if (out / "run.json").exists():
+        raise UserError(f"--out_dir {out} is a run, no prepared data; use another one")
+    meta = out / "meta.json"
+    if meta.exists() and f'"world": "{world}"' not in meta.read_text():
+        raise UserError(f"--out_dir {out} holds data of another world than {world!r}; use another one")
 
 
 def checksum(path: Path) -> int:

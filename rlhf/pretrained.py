@@ -83,10 +83,14 @@ def check_padding(config: dict, name: str) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """The object that a JSON file holds; UserError for anything else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, {{...}}")
+    return content
 
 
 def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> None:

@@ -27,10 +27,11 @@ from rlhf.out_dir import (
     unlock,
 )
 from rlhf.pretrained import load_weights, read_json, resolve, save_pretrained
+from rlhf.trackers import Trackers
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
     "out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile",
-    "gradient_checkpointing", "samples_every",
+    "gradient_checkpointing", "samples_every", "wandb", "tensorboard",
 }
 OTHER_SAMPLES = {"rollout_prompts", "eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
@@ -83,6 +84,8 @@ class Run:
         self.start = 0
         self.began = time.time()
         self.bar = None
+        self.track = Trackers(config)
+        self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
         names = [getattr(config, name, "") for name in INPUTS]
         self.about = check_out_dir(config, *names)
@@ -155,9 +158,10 @@ class Run:
             if self.start > self.steps:
                 raise UserError(f"{checkpoints[0]}: this command makes only {self.steps} updates")
             print(f"resuming {self.out} at step {self.start} of {self.steps}")
-        if metrics.exists():  # lines after the checkpoint will be written again
+        if metrics.exists() and self.start:  # lines after the checkpoint will be written again
             lines = read_lines(metrics, self.start)
             write_file(metrics, "".join(line + "\n" for line in lines))
+            self.last = json.loads(lines[-1]) if lines else {}
         if self.changed:
             self.note_changes()
         (self.out / "result.json").unlink(missing_ok=True)  # of a run that is made longer
@@ -181,8 +185,10 @@ class Run:
                 total=self.steps, initial=self.start, desc=str(self.out), mininterval=0.5 if live else 15,
                 dynamic_ncols=live,
             )
+        self.last = {"step": step, **finite(metrics)}
         with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
+            file.write(json.dumps(self.last) + "\n")
+        self.track(step, finite(metrics))
         shown = {key.split("/")[-1]: f"{metrics[key]:.3g}" for key in show if key in metrics}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
@@ -280,7 +286,7 @@ def restore(
     if generator is not None:
         try:
             generator.set_state(state["generator"])
-        except RuntimeError as error:  # a CPU's and a GPU's generators have nothing in common
+        except (RuntimeError, TypeError) as error:  # a CPU's and a GPU's generators have nothing in common
             raise UserError(f"{newest} was written on another kind of device: its samples cannot be "
                             f"continued on {generator.device}") from error
     return state["step"]

@@ -29,10 +29,10 @@ from data.gold import gold
 from evaluation.judges import make_judge
 from evaluation.tables import write
 from rlhf.common import frozen, setup
-from rlhf.config import UserError, command_line
+from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import check_tokenizer, read_meta
 from rlhf.generate import generate_all
-from rlhf.out_dir import describe
+from rlhf.out_dir import check_out_dir, exists, forget_replaced, open_directory
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.rewards import missing_eos
 from rlhf.summaries import Post, gold_scores, read_posts, sampled_summaries
@@ -104,12 +104,11 @@ def best_of_n_table(values: dict[str, Tensor]) -> list[dict]:
 
 
 def check(cfg: Config) -> None:
-    if cfg.samples < 1 or cfg.temperature <= 0:
-        raise UserError(f"--samples={cfg.samples} must be at least 1, "
-                        f"--temperature={cfg.temperature} above 0")
-    out = Path(cfg.out_dir)
-    if out.exists() and any(out.iterdir()) and not cfg.overwrite:
-        raise UserError(f"{out} is not empty: replace it with --overwrite, or choose another --out_dir")
+    check_ranges(cfg)
+    if cfg.temperature == 0:
+        raise UserError("--temperature=0: n greedy samples are one and the same; take one above 0")
+    if check_out_dir(cfg, cfg.model, cfg.reward_model, cfg.data_dir) and not cfg.overwrite:
+        raise UserError(exists(Path(cfg.out_dir), resumable=False))
 
 
 def sampled_values(cfg: Config, posts: list[Post], device: torch.device) -> dict[str, Tensor]:
@@ -145,13 +144,12 @@ def main(cfg: Config) -> dict:
     lines = best_of_n_table(sampled_values(cfg, posts, device))
     for line in lines:
         print("  ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step"))
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "run.json", json.dumps(describe(cfg), indent=2) + "\n")
+    out = open_directory(cfg, may_change=set())
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     seconds = round(time.time() - began, 1)
     result = {"posts": len(posts), **lines[-1], "out_dir": str(out), "seconds": seconds}
     write(out / "result.json", json.dumps(result) + "\n")
+    forget_replaced(out)
     print(json.dumps(result))
     return result
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.config import UserError
+from rlhf.out_dir import read_about
 from rlhf.pretrained import read_json
 from rlhf.rewards import parse_reward
 
@@ -39,13 +40,24 @@ def number(value) -> float:
     return math.nan if value is None else value
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a metrics.jsonl; the last line may be half written."""
+    try:
+        text = path.read_text()
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path}: damaged (a line is no JSON object)")
+    return lines
+
+
 def read_columns(path: str | Path) -> dict[str, np.ndarray]:
     """A metrics.jsonl as columns (lines,); a line that lacks a column has nan there."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file (is {path.parent} a run?)")
-    text = path.read_text().splitlines()
-    lines = [json.loads(line) for line in text if line.endswith("}")]  # the last may be half written
+    lines = read_lines(path)
     keys = [key for line in lines for key, value in line.items() if isinstance(value, int | float | None)]
     return {
         key: np.array([number(line.get(key)) for line in lines], dtype=float)
@@ -72,13 +84,13 @@ def read_config(path: Path, about: dict) -> dict:
     config = about["config"]
     if "kl_coef" in config:
         raise UserError(f"{path}: an old run, its --reward has no coefficients (kl:0.05); run it again")
-    return config | read_reward(config["reward"]) if "reward" in config else config
+    return config | read_reward(str(config["reward"])) if "reward" in config else config
 
 
 def read_run(path: Path, final: dict[str, dict], checkpoints: dict[str, dict[int, dict]]) -> RunLog | None:
     """The run in a directory with what the sweeps say of it; None if it is no training run, or has no log."""
-    about = read_json(path / "run.json")
-    script = re.search(r"(\w+)\.py\b|$", about["command"])[1] or ""
+    about = read_about(path)
+    script = about.get("script") or re.search(r"(\w+)\.py\b|$", str(about.get("command")))[1] or ""
     if script in ("evaluate", "best_of_n") or not (path / "metrics.jsonl").exists():
         return None
     metrics = read_columns(path / "metrics.jsonl")
@@ -100,11 +112,10 @@ def read_sweeps(folder: Path) -> tuple[dict[str, dict], dict[str, dict[int, dict
     final: dict[str, dict] = {}
     checkpoints: dict[str, dict[int, dict]] = {}
     for sweep in sorted(folder.glob("eval*/metrics.jsonl")):
-        for line in map(json.loads, sweep.read_text().splitlines()):
-            model = Path(line["model"])  # .../run or .../run/ckpt/step_00000100
-            if model.name.startswith("step_"):
-                step = int(model.name.split("_")[1])
-                checkpoints.setdefault(model.parts[-3], {})[step] = line
+        for line in read_lines(sweep):
+            model = Path(str(line.get("model")))  # .../run or .../run/ckpt/step_00000100
+            if step := re.search(r"([^/]+)/ckpt/step_(\d+)$", str(model)):
+                checkpoints.setdefault(step[1], {})[int(step[2])] = line
             else:
                 final[model.name] = line
     return final, checkpoints
@@ -114,7 +125,7 @@ def find_runs(folder: str | Path) -> list[RunLog]:
     """All training runs right under `folder` that have a log, by name. UserError if there is none."""
     folder = Path(folder)
     sweeps = read_sweeps(folder)
-    found = [read_run(described.parent, *sweeps) for described in sorted(folder.glob("*/run.json"))]
+    found = [read_run(described.parent, *sweeps) for described in sorted(folder.glob("[!.]*/run.json"))]
     runs = [run for run in found if run is not None]
     if not runs:
         raise UserError(f"{folder}: no run in it (a directory with run.json and metrics.jsonl)")

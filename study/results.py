@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from evaluation.statistics import t_interval
 from rlhf.config import UserError, command_line
+from rlhf.out_dir import read_about
 from study.arms import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Study, lr_text
 from study.claims import CLAIMS
 from study.early_warning import early_warning
@@ -204,7 +205,7 @@ def standard_error(summaries: Path) -> float:
 
 def head(study: Study, root: Path) -> str:
     first = select(study.folders["small"], "train_rloo")[0]
-    about = json.loads((first.path / "run.json").read_text())
+    about = read_about(first.path)
     reward_models = [run for runs in study.folders.values() for run in select(runs, "train_rm")]
     accuracies = [run.result["accuracy"] for run in reward_models]
     greedy = {size: study.arm(size, "train_sft")[0].result["greedy/gold"] for size in SIZES}

@@ -445,7 +445,7 @@ def test_finished_run(cfg, capsys):
 
 
 SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "study.best_of_n", "study.plot",
-           "study.results", "data.toy", "data.tldr"]
+           "study.results", "data.toy", "data.tldr", "data.jsonl"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

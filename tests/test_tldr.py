@@ -509,7 +509,7 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
         return str(error.value)
 
     assert message(source="nowhere") == '--source nowhere: neither "hub" nor a directory'
-    assert message(limit=-1).startswith("--limit must be at least 0")
+    assert message(limit=-1).startswith("--limit=-1 must be at least 0")
     other = train_tiny()
     spec = json.loads(other.to_str())
     spec["added_tokens"] = spec["added_tokens"][1:]
