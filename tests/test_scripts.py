@@ -344,7 +344,7 @@ def broken_data(world: Path, tmp_path: Path, name: str, change) -> str:
 @pytest.mark.parametrize(
     "script, changes, message",
     [
-        (train_rloo, dict(k=1), "--k=1 must be at least 2"),
+        (train_rloo, dict(k=1), "at least 2"),
         (train_rloo, dict(batch_size=15), "not divisible"),
         (train_rloo, dict(reward="entropy"), "--reward=entropy: no term 'entropy'"),
         (train_rloo, dict(advantage="gae"), "known are rloo, grpo"),
