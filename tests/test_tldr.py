@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import rows as source
+from data import rows as data_rows
 from data import tldr, tldr_prompts
 from data.rows import EOS, PAD
 from data.tldr import Config, main
@@ -305,7 +305,7 @@ def test_tables(tmp_path, tiny, tiny_file, capsys):
 def test_jsonl_and_parquet_and_chunks_give_the_same_tables(tmp_path, tiny_file, monkeypatch):
     parquet = prepare(tmp_path, tiny_file, source_rows(), "parquet")
     monkeypatch.setattr(tldr, "CHUNK", 2)
-    monkeypatch.setattr(source, "CHUNK", 2)
+    monkeypatch.setattr(data_rows, "CHUNK", 2)
     assert prepare(tmp_path, tiny_file, source_rows(), "jsonl") == parquet
     assert pq.ParquetFile(tmp_path / "out_jsonl/sft_train.parquet").num_row_groups == 4
     changed = source_rows()
@@ -521,7 +521,7 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
     assert f"{EOS} must have id 0, it has None" in message(tokenizer=str(tmp_path / "other.json"))
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json: not a tokenizer.json" in message(tokenizer=str(tmp_path / "broken.json"))
-    monkeypatch.setattr(source, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(data_rows, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     assert message(tokenizer="some/model") == "--tokenizer some/model: not a file, and no tokenizer.json on the hub: no network"
     (tmp_path / "source/comparisons/train.jsonl").unlink()
     assert "no comparisons/train.parquet or .jsonl" in message()
