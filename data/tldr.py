@@ -13,7 +13,6 @@ A source directory has tldr_3_filtered/{train,validation,test} and comparisons/{
 import hashlib
 import json
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
-from rlhf.files import WRITING, check_apart, check_data_dir, move_in  # noqa: E402
+from rlhf.files import check_apart, check_data_dir, data_aside, move_data_in  # noqa: E402
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1 in every prepared data directory
 SFT_CAP = 53  # tokens of a response with EOS: the longest human summary, and the cap on generation
@@ -343,9 +342,7 @@ def main(cfg: Config) -> None:
     for name in list(files)[:-1]:  # a bad row is named now, not after hours; the last table reads the files of the one before
         for row in read_rows(files[name], f"checking {name}"):
             makers[name](row)
-    aside = out / WRITING
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = data_aside(out)
 
     tables = {}
     for name, _, _, make_row, cnndm in plan:
@@ -378,11 +375,7 @@ def main(cfg: Config) -> None:
         "tables": tables,
     }
     (aside / "meta.json").write_text(json.dumps(result, indent=2))
-    (out / "meta.json").unlink(missing_ok=True)  # until the new one is there, the directory is unfinished
-    for kind in ("sft_*.parquet", "pairs_*.parquet", "rankings_*.parquet"):
-        for old in out.glob(kind):
-            old.unlink()  # no table of another run stays
-    move_in(aside, out, last="meta.json")
+    move_data_in(out)
     print(json.dumps({**result, "seconds": round(time.time() - start, 1)}))
 
 

@@ -68,6 +68,25 @@ def check_data_dir(out: Path, world: str, overwrite: bool) -> None:
         raise UserError(f"--out_dir {out} holds data of another world than {world!r}; use another one")
 
 
+def data_aside(out: Path) -> Path:
+    """An empty folder for the files of a prepared data directory."""
+    aside = out / WRITING
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def move_data_in(out: Path) -> None:
+    """Until meta.json is there again, the directory is unfinished; no table of earlier data stays."""
+    aside = out / WRITING
+    (out / "meta.json").unlink(missing_ok=True)
+    for old in [path for kind in ("sft_*", "pairs_*", "rankings_*") for path in out.glob(f"{kind}.parquet")]:
+        old.unlink()
+    if (aside / "base").exists():
+        move_in(aside / "base", out / "base", last="config.json")
+    move_in(aside, out, last="meta.json")
+
+
 def checksum(path: Path) -> int:
     """Sum of a file's 8-byte words, modulo 2^64: finds any flipped bit, several times as fast as a CRC."""
     words = np.zeros(2**17, dtype=np.uint64)
