@@ -15,7 +15,6 @@ equal responses. Without --validation a share of the prompts is held out, with a
 
 import hashlib
 import json
-import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.rows import encode, load_tokenizer, read_rows, value  # noqa: E402
 from data.toy import write_parquet  # noqa: E402
 from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
-from rlhf.files import WRITING, check_apart, check_data_dir, replace_tables  # noqa: E402
+from rlhf.files import check_apart, check_data_dir, data_aside, move_data_in  # noqa: E402
 from rlhf.model import EOS  # noqa: E402
 
 KINDS = {  # columns of the texts beside the prompt
@@ -205,8 +204,7 @@ def main(cfg: Config) -> None:
     check_ranges(cfg)
     if cfg.response_tokens < 2:
         raise UserError(f"--response_tokens={cfg.response_tokens} must be at least 2: a token and the EOS")
-    files = [*cfg.train.split(","), *cfg.validation.split(","), cfg.tokenizer]
-    check_apart(cfg.out_dir, *(path for path in files if path and Path(path).exists()))
+    check_apart(cfg.out_dir, *cfg.train.split(","), *cfg.validation.split(","))
     check_data_dir(out, "own", cfg.overwrite)
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
     tables, counted = {}, {}
@@ -223,9 +221,7 @@ def main(cfg: Config) -> None:
     if shared := queries["sft_train"] & queries["sft_validation"]:
         print(f"{len(shared)} prompts are in training and in validation: the validation numbers will flatter")
 
-    aside = out / WRITING
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = data_aside(out)
     for name, rows in tables.items():
         write_parquet(aside / f"{name}.parquet", rows)
     (aside / "tokenizer.json").write_bytes(tokenizer_file)
@@ -239,7 +235,7 @@ def main(cfg: Config) -> None:
         "tables": counted,
     }
     (aside / "meta.json").write_text(json.dumps(result, indent=2))
-    replace_tables(aside, out)
+    move_data_in(out)
     print(json.dumps(result))
 
 

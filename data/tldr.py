@@ -14,7 +14,6 @@ comparisons/{train,validation}, each .parquet or .jsonl.
 import hashlib
 import json
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.rows import CHUNK, EOS, load_tokenizer, read_rows, value  # noqa: E402
 from data.tldr_prompts import CNNDM, TLDR, Template, make_prompts, make_responses  # noqa: E402
 from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
-from rlhf.files import WRITING, check_apart, check_data_dir, replace_tables  # noqa: E402
+from rlhf.files import check_apart, check_data_dir, data_aside, move_data_in  # noqa: E402
 
 SFT_CAP = 53  # tokens of a response with EOS: the longest human summary, and the cap on generation
 HUB = {  # folder: data set on the hub, its folder in the parquet branch that the hub makes of every data set
@@ -203,17 +202,19 @@ PLAN = [  # table, folder, split, what makes a row, only CNN/DM rows (True), onl
 ]
 
 
-def write_tables(
-    cfg: Config, files: dict[str, list[Path]], folder: Path, tokenizer: Tokenizer,
-) -> dict[str, dict[str, int]]:
-    """{table: what was counted of it}. A bad row is named before anything is tokenised, not after hours."""
-    template = replace(TLDR, limit=cfg.max_prompt_tokens)
+def check_rows(files: dict[str, list[Path]]) -> None:
+    """A bad row is named before anything is tokenised, not after hours."""
     for name, _, _, make_row, cnndm in PLAN:
         if not cnndm:  # the last table reads the files of the one before
             for row in read_rows(files[name], f"checking {name}"):
-                make_row(row, template)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+                make_row(row, TLDR)
+
+
+def write_tables(
+    cfg: Config, files: dict[str, list[Path]], folder: Path, tokenizer: Tokenizer,
+) -> dict[str, dict[str, int]]:
+    """{table: what was counted of it}."""
+    template = replace(TLDR, limit=cfg.max_prompt_tokens)
     tables = {}
     for name, _, _, make_row, cnndm in PLAN:
         selected = Counter(dict.fromkeys(("ties", "repeated"), 0)) if make_row is pair_row else Counter()
@@ -248,7 +249,8 @@ def main(cfg: Config) -> None:
     check_data_dir(out, "tldr", cfg.overwrite)
     files = {name: find_files(cfg.source, where, split) for name, where, split, _, _ in PLAN}
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
-    aside = out / WRITING
+    check_rows(files)
+    aside = data_aside(out)
     tables = write_tables(cfg, files, aside, tokenizer)
     print_counts(tables, cfg.cnndm_once)
     (aside / "tokenizer.json").write_bytes(tokenizer_file)
@@ -263,7 +265,7 @@ def main(cfg: Config) -> None:
         "tables": tables,
     }
     (aside / "meta.json").write_text(json.dumps(result, indent=2))
-    replace_tables(aside, out)
+    move_data_in(out)
     print(json.dumps({**result, "seconds": round(time.time() - start, 1)}))
 
 

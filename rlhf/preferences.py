@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import UserError
-from rlhf.data import has_column, read_table
+from rlhf.data import check_tables, has_column, read_table
 from rlhf.forward import TokenStats, token_stats
 from rlhf.groups import Groups, micro_batches
 from rlhf.masked import masked_mean, seq_logprobs
@@ -42,6 +42,7 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
         if not has_column(data_dir, table, column) and not column.endswith("_token"):
             raise UserError(f"{data_dir}/{table}.parquet has no column {column}, which --loss={loss} reads: "
                             "make the data with python data/toy.py --out_dir=... (the toy world knows it)")
+    check_tables(data_dir, [], (table, limit, 0))
     rows = read_table(data_dir, table, ["query_token", *columns], limit)
     pairs = None if ranked else [list(pair) for pair in zip(rows["chosen_token"], rows["rejected_token"])]
     batch = {"prompts": rows["query_token"], "responses": pairs or rows["responses_token"]}
