@@ -125,8 +125,8 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
     another type, an id that a model has no embedding for, a response without tokens, a row beyond the
     context, a pair of two equal responses.
 
-    Without models only the types are known. A use is (table, rows, new): of its first `rows` (0 = all) the prompts, with `new` tokens to be sampled or
-    (0) the responses they have.
+    Without models only the types are known. A use is (table, rows, new): of its first `rows` (0 = all) the
+    prompts, with `new` tokens to be sampled or (0) the responses they have.
     """
     vocabulary = min((model.config.vocab_size for model in models), default=2**31)
     context = min((model.config.max_position_embeddings for model in models), default=2**31)
