@@ -204,7 +204,8 @@ def main(cfg: Config) -> None:
     check_ranges(cfg)
     if cfg.response_tokens < 2:
         raise UserError(f"--response_tokens={cfg.response_tokens} must be at least 2: a token and the EOS")
-    check_apart(cfg.out_dir, *cfg.train.split(","), *cfg.validation.split(","))
+    inputs = [name for name in (*cfg.train.split(","), *cfg.validation.split(","), cfg.tokenizer) if name]
+    check_apart(cfg.out_dir, *(name for name in inputs if Path(name).exists()))
     check_data_dir(out, "own", cfg.overwrite)
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
     tables, counted = {}, {}
