@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
 from rlhf.forward import response_scores, token_stats, token_values
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
@@ -78,7 +78,7 @@ class Config:
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
     save_every: int = 100  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all, for curves over training)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
     seed: int = 1  # prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -91,9 +91,10 @@ class Config:
 
 
 def check(cfg: Config) -> None:
+    check_ranges(cfg)
     if cfg.temperature <= 0:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
-    if cfg.k < 1 or cfg.batch_size % cfg.k:
+    if cfg.batch_size % cfg.k:
         raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
 
 
@@ -108,7 +109,8 @@ def token_rewards(
 
 @torch.no_grad()
 def score(
-    groups: Groups, ended: Tensor, policy: NeoX, critic: NeoX, reference: NeoX, reward_model: NeoX, cfg: Config,
+    groups: Groups, ended: Tensor, policy: NeoX, critic: NeoX, reference: NeoX, reward_model: NeoX,
+    cfg: Config,
 ) -> dict[str, Tensor]:
     """What is known of n prompts with K responses before the update: (n, K) or, per token, (n, K, R) each."""
     mask = groups.response_mask  # (n, K, R)
@@ -133,7 +135,9 @@ def learn(
     mask, old_logprobs = scored["mask"], scored["old_logprobs"]
     logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
     values = token_values(critic, groups)  # (n, K, R)
-    losses, stats = clipped_token_loss(logprobs, old_logprobs, scored["whitened"], mask, cfg.clip)  # (n, K, R)
+    losses, stats = clipped_token_loss(
+        logprobs, old_logprobs, scored["whitened"], mask, cfg.clip
+    )  # (n, K, R)
     value_losses = clipped_value_loss(
         values, scored["old_values"], scored["returns"], mask, cfg.value_clip
     )  # (n, K, R)
@@ -164,6 +168,27 @@ def rollout_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
+def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
+    """Policy, critic, reference, reward model; all of them know the tokens of the data."""
+    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
+    ref_model = cfg.ref_model or cfg.model
+    names = [cfg.model, cfg.reward_model, ref_model, cfg.reward_model]
+    policy, reference = load(cfg.model), frozen(load(ref_model))
+    critic = load(cfg.reward_model, head="score")
+    reward_model = frozen(load(cfg.reward_model, head="score"))
+    models = [policy, critic, reference, reward_model]
+    for model, name in zip(models, names):
+        own = load_tokenizer(name, cfg.revision)
+        check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
+    for model in (policy, critic):
+        model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.compile:
+        compile_kernels()
+        for model in models:
+            compile_layers(model)
+    return models
+
+
 def main(cfg: Config) -> dict:
     check(cfg)
     device = setup(cfg.seed, cfg.device)
@@ -179,25 +204,12 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
-    policy = load(cfg.model)
-    critic = load(cfg.reward_model, head="score")
-    reference = frozen(load(cfg.ref_model or cfg.model))
-    reward_model = frozen(load(cfg.reward_model, head="score"))
-    tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    models = [(policy, cfg.model), (reference, cfg.ref_model or cfg.model), (reward_model, cfg.reward_model)]
-    for model, name in models:
-        own = load_tokenizer(name, cfg.revision)
-        check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
-    context = min(model.config.max_position_embeddings for model, _ in models)
-    check_context(cfg.data_dir, context, ("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R))
+    models = load_models(cfg, device)
+    policy, critic, reference, reward_model = models
     learners = nn.ModuleList([policy, critic])
-    for model in learners:
-        model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.compile:
-        compile_kernels()
-        for model in (policy, critic, reference, reward_model):
-            compile_layers(model)
+    tokenizer = load_tokenizer(cfg.model, cfg.revision)
+    context = min(model.config.max_position_embeddings for model in models)
+    check_tables(cfg.data_dir, models, ("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R))
     optimizer = adamw(learners, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)

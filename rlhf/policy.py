@@ -44,10 +44,10 @@ def clipped_policy_loss(
     """PPO's clipped loss with one ratio per SEQUENCE, as in TRL's RLOOTrainer: losses (N, K), and for the log
     {"ratio", "clipfrac"} (N, K).
 
-    rho = exp(log pi(y) - log pi_old(y)), loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). `clipfrac` is 1
-    where the clipped branch is the larger one, i.e. where the sequence gives no gradient. At pi = pi_old the
-    gradient is that of -A log pi(y). The logged ratio is in float64: a far update makes one of 1e23, and its
-    square is beyond float32.
+    rho = exp(log pi(y) - log pi_old(y)), loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). `clipfrac` is
+    1 where the clipped branch is the larger one, i.e. where the sequence gives no gradient. At pi = pi_old
+    the gradient is that of -A log pi(y). The logged ratio is in float64: a far update makes one of 1e23, and
+    its square is beyond float32.
     """
     ratio = masked_sum(logprobs - old_logprobs.detach(), mask).exp()  # (N, K)
     unclipped = -advantages * ratio
@@ -78,8 +78,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all kept positions, (...) -> (...), 0 elsewhere (with 1e-8 under the root, as
-    in summarize_from_feedback_details/ppo.py)."""
+    """Mean 0 and variance 1 over all kept positions, (...) -> (...), 0 elsewhere (with 1e-8 under the root,
+    as in summarize_from_feedback_details/ppo.py)."""
     kept = values[mask]
     return torch.where(mask, (values - kept.mean()) / (kept.var() + 1e-8).sqrt(), 0.0)
 
@@ -102,8 +102,8 @@ def clipped_token_loss(
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float,
 ) -> Tensor:
-    """Half the squared error of the critic per token, (N, K, R), 0 in the padding: the larger one of V and of V
-    clipped to old V +- clip (summarize_from_feedback_details/ppo.py).
+    """Half the squared error of the critic per token, (N, K, R), 0 in the padding: the larger one of V and of
+    V clipped to old V +- clip (summarize_from_feedback_details/ppo.py).
     """
     limited = old_values + (values - old_values).clamp(-clip, clip)
     error = torch.maximum((values - returns) ** 2, (limited - returns) ** 2)
@@ -131,6 +131,6 @@ def k2(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def k3(logp: Tensor, logq: Tensor) -> Tensor:
-    """(q/p - 1) - log(q/p): unbiased and never negative. Over sequence sums its exponential has a heavy tail."""
+    """(q/p - 1) - log(q/p): unbiased, never negative. Over sequence sums its exponential has a heavy tail."""
     d = logq - logp
     return torch.expm1(d) - d
