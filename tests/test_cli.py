@@ -445,8 +445,8 @@ def test_finished_run(cfg, capsys):
 
 
 SCRIPTS = [
-    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "evaluate", "study.best_of_n",
-    "study.plot", "study.results", "data.toy", "data.tldr", "data.jsonl",
+    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "evaluate",
+    "study.best_of_n", "study.plot", "study.results", "data.toy", "data.tldr", "data.jsonl",
 ]
 
 

@@ -512,10 +512,10 @@ def call(monkeypatch, capsys, tmp_path):
     return run
 
 
-SIX = ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "evaluate"]
+COMMANDS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "evaluate"]
 
 
-@pytest.mark.parametrize("script", SIX)
+@pytest.mark.parametrize("script", COMMANDS)
 def test_command_line(script, call, tmp_path):
     """--help explains every option; an unknown option or a missing one is exit code 2 and one line."""
     fields = importlib.import_module(script).Config.__dataclass_fields__
