@@ -1,4 +1,4 @@
-"""Evaluation: summaries of one or many checkpoints, measured, and judged against the human reference.
+r"""Evaluation: summaries of one or many checkpoints, measured, and judged against the human reference.
 
     win rate = mean over posts of preference(summary over reference), ties half
 
@@ -11,7 +11,7 @@ for study/plot.py), each compared with the first. Log-probs of the judged summar
 CPU, toy world:
     python evaluate.py --data_dir=out/toy/data --model=out/toy/rloo --ref_model=out/toy/sft --judge=gold \
         --out_dir=out/toy/eval
-GPU, Pythia 1B (win rates published: SFT 33 %, KL-constrained RLOO about 51 %):
+GPU, Pythia 1B (win rates in TRL's documentation, same judge: SFT 33 %, KL-constrained RLOO 51 %):
     python evaluate.py --data_dir=out/tldr --model='out/1b/rloo/ckpt/*' --ref_model=out/1b/sft --judge=llm \
         --out_dir=out/1b/eval
 """
@@ -19,9 +19,9 @@ GPU, Pythia 1B (win rates published: SFT 33 %, KL-constrained RLOO about 51 %):
 import glob
 import json
 import re
-import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,17 +31,17 @@ import pyarrow.parquet as pq
 import torch
 
 from data.gold import gold
-from evaluation.judges import ScoreJudge, agreement, make_judge, parse_judges
+from evaluation.judges import Judge, ScoreJudge, agreement, make_judge, parse_judges
 from evaluation.measures import measure, summaries_of, summarise
 from evaluation.page import page_data, render
 from evaluation.tables import show, write, write_sweep
 from rlhf.common import frozen, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import check_tokenizer, read_meta
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import check_tables, check_tokenizer, read_meta
 from rlhf.model import NeoX
-from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
-from rlhf.run import Run
-from rlhf.summaries import ROUGE_HINT, Summary, human_summaries, read_posts
+from rlhf.out_dir import forget_replaced, open_directory
+from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, resolve
+from rlhf.summaries import ROUGE_HINT, Post, Summary, human_summaries, read_posts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +107,9 @@ PATTERN = re.compile(r"[*?\[]")
 
 
 def check(cfg: Config) -> None:
+    check_ranges(cfg)
     if cfg.agreement and not parse_judges(cfg.judge):
         raise UserError("--agreement asks how often a judge agrees with people: it needs --judge")
-    if cfg.temperature < 0 or cfg.sample_temperature < 0 or cfg.n < 0:
-        raise UserError("--temperature, --sample_temperature and --n must be at least 0")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p={cfg.top_p} must be above 0 and at most 1")
 
 
 def matches(pattern: str) -> list[str]:
@@ -137,39 +134,11 @@ def find_checkpoints(text: str) -> dict[str, str]:
             raise UserError(f"--model={part}: no directory matches")
     if not found:
         raise UserError(f"--model={text}: names no model")
-    if len(set(found)) < len(found):
-        raise UserError(f"--model={text}: names the same model twice")
     parts = [Path(path).parts for path in found]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--model={text}: names the same model twice")
     tail = next(k for k in range(1, 99) if len({p[-k:] for p in parts}) == len(parts))
     return {"-".join(p[-tail:]).strip("/.-") or "model": path for p, path in zip(parts, found)}
-
-
-def open_out_dir(cfg: Config, sweep: bool) -> Path:
-    """A new directory, one that is emptied (--overwrite), or an evaluation with the same settings."""
-    out = Path(cfg.out_dir)
-    if out.exists() and any(out.iterdir()):
-        if not (out / "run.json").exists():
-            raise UserError(f"{out} is not empty and holds no run.json, so it is not an evaluation; "
-                            "choose another --out_dir")
-        if cfg.overwrite:
-            shutil.rmtree(out)
-        else:
-            check_same(cfg, out)
-            if not (cfg.resume or sweep):
-                raise UserError(f"{out} exists: continue it with --resume, replace it with --overwrite, "
-                                "or choose another --out_dir")
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "run.json", json.dumps(Run.describe(cfg), indent=2) + "\n")
-    return out
-
-
-def check_same(cfg: Config, out: Path) -> None:
-    old = read_json(out / "run.json")["config"]
-    now = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
-    changed = [f"--{key} was {old.get(key)!r}, is {new!r}" for key, new in now.items() if old.get(key) != new]
-    if changed:
-        raise UserError(f"{out} holds an evaluation with other settings ({'; '.join(changed)}): "
-                        "--overwrite it or choose another --out_dir")
 
 
 def forget_if_changed(where: Path, *sources: str) -> None:
@@ -187,8 +156,9 @@ def forget_if_changed(where: Path, *sources: str) -> None:
 
 
 def write_summaries(
-    cfg: Config, folders: dict[str, Path], checkpoints: dict[str, str], summarise_one, scorer,
-    posts: list, references: list[Summary],
+    cfg: Config, folders: dict[str, Path], checkpoints: dict[str, str],
+    summarise_one: Callable[[str], list[dict]], scorer: ScoreJudge | None,
+    posts: list[Post], references: list[Summary],
 ) -> dict[str, list[dict]]:
     """{checkpoint: its rows}: read from its folder, or summarised, scored and written there."""
     rows = {}
@@ -209,9 +179,13 @@ def write_summaries(
     return rows
 
 
-def ask_judges(judges: dict, rows: dict[str, list[dict]], posts: list, references: list[Summary]) -> None:
-    """Adds each judge's preference, and what else it says, to all rows: one call per judge, so that a judge
-    that costs money tells the price of all before it asks."""
+def ask_judges(
+    judges: dict[str, Judge], rows: dict[str, list[dict]], posts: list[Post], references: list[Summary],
+) -> None:
+    """Adds each judge's preference, and what else it says, to the rows of all checkpoints.
+
+    One call per judge: one that costs money tells the whole price before it asks.
+    """
     flat = [row for name in rows for row in rows[name]]
     asked = (posts * len(rows), summaries_of(flat), references * len(rows))
     for judge, ask in judges.items():
@@ -224,7 +198,7 @@ def ask_judges(judges: dict, rows: dict[str, list[dict]], posts: list, reference
 
 def write_results(
     cfg: Config, folders: dict[str, Path], checkpoints: dict[str, str], rows: dict[str, list[dict]],
-    judges: dict, posts: list, references: list[Summary],
+    judges: dict[str, Judge], posts: list[Post], references: list[Summary],
 ) -> list[dict]:
     """The result of each checkpoint, in order: read from its folder, or judged, measured and written."""
     results = {name: folder / "result.json" for name, folder in folders.items()}
@@ -241,7 +215,7 @@ def write_results(
     return [read_json(file) for file in results.values()]
 
 
-def ask_agreement(judges: dict, posts: list, table: dict) -> dict:
+def ask_agreement(judges: dict[str, Judge], posts: list[Post], table: dict[str, list]) -> dict[str, dict]:
     """{judge: how often it agrees with people}; says so where a judge does no better than "longer wins"."""
     sides = [human_summaries(table[side], table[f"{side}_token"]) for side in ("chosen", "rejected")]
     found = {}
@@ -257,7 +231,7 @@ def ask_agreement(judges: dict, posts: list, table: dict) -> dict:
     return found
 
 
-def make_judges(cfg: Config, device: torch.device) -> tuple[dict, ScoreJudge | None]:
+def make_judges(cfg: Config, device: torch.device) -> tuple[dict[str, Judge], ScoreJudge | None]:
     """{name: judge}, and what the column `scores` comes from."""
     options = {**vars(cfg), "device": device}
     judges = {name: make_judge(name, **options) for name in parse_judges(cfg.judge)}
@@ -284,10 +258,13 @@ def write_page(cfg: Config, out: Path, rows: dict, results: list[dict], judges: 
 
 
 def best_of(lines: list[dict]) -> dict:
-    """What a sweep ends with: how many checkpoints, and the win rate of the best."""
-    best = max(lines, key=lambda line: line.get("win_rate") or 0)
-    won = {key: value for key, value in best.items() if key.startswith("win_rate")}
-    return {"checkpoints": len(lines), "best": best["name"], **won}
+    """What a sweep ends with: how many checkpoints, and with a judge the win rate of the best."""
+    result = {"checkpoints": len(lines)}
+    if judged := [line for line in lines if line.get("win_rate") is not None]:
+        best = max(judged, key=lambda line: line["win_rate"])
+        won = {key: value for key, value in best.items() if key.startswith("win_rate")}
+        result |= {"best": best["name"], **won}
+    return result
 
 
 def main(cfg: Config) -> dict:
@@ -298,6 +275,8 @@ def main(cfg: Config) -> dict:
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]
+    uses = [(f"sft_{cfg.split}", cfg.n, 0), (cfg.agreement, cfg.agreement_rows, 0)]
+    check_tables(cfg.data_dir, [], *uses[: 1 + bool(cfg.agreement)])
     columns = ["reference_response", "reference_response_token"]
     posts, table = read_posts(cfg.data_dir, f"sft_{cfg.split}", columns, cfg.n)
     references = human_summaries(*(table[column] for column in columns))
@@ -308,7 +287,10 @@ def main(cfg: Config) -> dict:
         people = read_posts(cfg.data_dir, cfg.agreement, sides, cfg.agreement_rows)
     reference = load_reference(cfg, device)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
-    out = open_out_dir(cfg, sweep)
+    for path in checkpoints.values():
+        resolve(path, cfg.revision)  # a wrong name is told before anything is written
+    inputs = [*checkpoints.values(), cfg.ref_model, cfg.reward_model, cfg.data_dir, cfg.judge_cache]
+    out = open_directory(cfg, *inputs, cfg.judge_template, may_change=MAY_CHANGE, go_on=sweep)
     folders = {name: out / name if sweep else out for name in checkpoints}
     print(f"{len(checkpoints)} checkpoint(s), {len(posts)} posts of sft_{cfg.split}, judge: {cfg.judge}")
 
@@ -329,6 +311,7 @@ def main(cfg: Config) -> dict:
     if found:
         result = {**result, "agreement": found}
     result = {**result, "out_dir": str(out), "seconds": round(time.time() - began, 1)}
+    forget_replaced(out)
     print(json.dumps(result))
     return result
 

@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from data.gold import gold
 from rlhf.common import frozen, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import check_context, check_tokenizer, has_column, open_table, read_meta
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import check_tables, check_tokenizer, has_column, open_table, read_meta
+from rlhf.files import WRITING, check_apart, data_aside, move_data_in
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate
 from rlhf.groups import micro_batches, pack
@@ -77,20 +78,23 @@ class Config:
 
 
 def check(cfg: Config) -> None:
+    check_ranges(cfg)
     pairs = cfg.select in ("rso", "gap")
     if cfg.k < 1 + pairs:
         raise UserError(f"--k={cfg.k}: --select={cfg.select} needs at least {1 + pairs} responses per prompt")
-    if cfg.select == "rso" and not 2 <= cfg.accept <= cfg.k:
-        raise UserError(f"--accept={cfg.accept}: at least 2, to make a pair, and at most --k={cfg.k}")
-    if cfg.temperature <= 0 or cfg.beta <= 0:
-        raise UserError(f"--temperature={cfg.temperature} and --beta={cfg.beta} must be above 0")
+    if cfg.select == "rso" and cfg.accept > cfg.k:
+        raise UserError(f"--accept={cfg.accept}: of --k={cfg.k} responses no more than that can be accepted")
+    if cfg.temperature <= 0:
+        raise UserError(f"--temperature={cfg.temperature} must be above 0")
     if cfg.select != "own" and cfg.scorer == "rm" and not cfg.reward_model:
         raise UserError("what scores? give --reward_model, or --scorer=gold in the toy world")
-    out = Path(cfg.out_dir).resolve()
-    for name in ("data_dir", "model", "reward_model"):
-        given = Path(getattr(cfg, name) or "/").resolve()
-        if out == given or out in given.parents:
-            raise UserError(f"--out_dir={cfg.out_dir} is or holds --{name}: choose another one")
+    check_apart(cfg.out_dir, cfg.data_dir, cfg.model, cfg.reward_model)
+    out = Path(cfg.out_dir)
+    if out.exists() and any(out.iterdir()):
+        known = (out / WRITING).exists() or "sampled" in read_meta(cfg.out_dir)
+        if not known or not (cfg.resume or cfg.overwrite):
+            raise UserError(f"--out_dir {out} is not empty: go on with --resume, replace samples with "
+                            "--overwrite, or choose another one")
 
 
 # --- selections: scores (K,) of one prompt's responses, -inf where one must not be chosen -> their numbers
@@ -185,7 +189,7 @@ def write_tables(cfg: Config, parts: list[dict], tokenizer: Tokenizer, out: Path
     if not all(wanted):
         empty = "sft_train" if wanted[0] is sft and not sft else "pairs_train"
         raise UserError(f"nothing was selected for {empty}: change --gap, --k, --rows or --temperature, and "
-                        f"--overwrite {out}")
+                        "--overwrite")
     written = {}
     if cfg.select != "rso":
         written["sft_train"] = table.take([row for row, _ in sft])
@@ -228,13 +232,10 @@ def main(cfg: Config) -> dict:
     if cfg.scorer == "gold" and not true_reward:
         raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
     out = Path(cfg.out_dir)
-    if out.exists() and any(out.iterdir()) and not cfg.overwrite and not cfg.resume:
-        raise UserError(f"{out} is not empty: go on with --resume, replace it with --overwrite, or choose "
-                        "another --out_dir")
     if cfg.resume and (out / "meta.json").exists():
         print(f"{out}: finished already")
         return read_json(out / "meta.json")["sampled"]
-    parts = parts_of(out / "parts.jsonl", cfg) if cfg.resume else []
+    parts = parts_of(out / WRITING / "parts.jsonl", cfg) if cfg.resume else []
     columns = ["query_token", "facts"] if has_column(cfg.data_dir, "sft_train", "facts") else ["query_token"]
     table = open_table(cfg.data_dir, "sft_train", columns, cfg.rows)
     data = {column: table[column].to_pylist() for column in columns}
@@ -249,13 +250,10 @@ def main(cfg: Config) -> dict:
     for m, name in models:
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), m.config.vocab_size, name)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    context = min(m.config.max_position_embeddings for m, _ in models)
-    check_context(cfg.data_dir, context, ("sft_train", cfg.rows, R))
-    if cfg.overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_tables(cfg.data_dir, [m for m, _ in models], ("sft_train", cfg.rows, R))
+    aside = data_aside(out)
     settings = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
-    (out / "parts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (settings, *parts)))
+    (aside / "parts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (settings, *parts)))
 
     # every generation call has random numbers of its own: what was sampled before does not matter
     starts = range(0, len(data["query_token"]), cfg.rollout_prompts)
@@ -283,15 +281,17 @@ def main(cfg: Config) -> dict:
             part["sft"] += [[row, None if i is None else group[i]] for i in kept]
             part["counts"][counted] += 1
         parts.append(part)
-        with open(out / "parts.jsonl", "a") as file:
+        with open(aside / "parts.jsonl", "a") as file:
             file.write(json.dumps(part) + "\n")
 
     counts = sum((Counter(part["counts"]) for part in parts), Counter())
-    written = write_tables(cfg, parts, tokenizer, out)
+    written = write_tables(cfg, parts, tokenizer, aside)
     result = {"prompts": counts, "rows": written, "settings": settings, "out_dir": str(out)}
     splits = {**meta.get("splits", {}), **written}
-    (out / "meta.json").write_text(json.dumps({**meta, "splits": splits, "sampled": result}, indent=2) + "\n")
-    (out / "parts.jsonl").unlink()
+    about = {**meta, "splits": splits, "sampled": result}
+    (aside / "meta.json").write_text(json.dumps(about, indent=2) + "\n")
+    (aside / "parts.jsonl").unlink()
+    move_data_in(out)
     print(json.dumps(result))
     return result
 

@@ -1,4 +1,4 @@
-"""Online preference learning: the policy samples, something compares, a pair loss learns.
+r"""Online preference learning: the policy samples, something compares, a pair loss learns.
 
     y_1 .. y_K ~ softmax((1-c) logits_pi + c logits_ref)     c: --mixture; of the last K/2: --opponent
     P(y > y') = sigmoid(s(y) - s(y'))     s: reward model or gold; the label is hard, sampled or soft
@@ -25,8 +25,8 @@ from torch import Tensor
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
 from rlhf.compare import ONLINE_LOSSES, Comparison, compare, equal_scores, pair_losses
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
 from rlhf.forward import TokenStats, response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
@@ -107,7 +107,7 @@ class Config:
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
     save_every: int = 100  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all, for curves over training)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
     seed: int = 1  # prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -127,19 +127,15 @@ def with_options(cfg: Config) -> tuple[Config, dict[str, float]]:
 
 
 def check(cfg: Config) -> None:
+    check_ranges(cfg)
     if cfg.k < 1 or cfg.k + 2 * cfg.data_pair < 2:
         raise UserError(f"--k={cfg.k}: a comparison needs 2 responses; at least 2, or 1 with --data_pair")
     if cfg.batch_size % cfg.k:
         raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
-    for name, share in (("mixture", cfg.mixture), ("opponent", cfg.opponent or 0.0)):
-        if not 0 <= share <= 1:
-            raise UserError(f"--{name}={share}: a share of the reference, from 0 (the policy) to 1")
     if cfg.opponent is not None and cfg.k % 2:
         raise UserError(f"--k={cfg.k}: half of the responses are the opponent's, so it must be even")
     if cfg.temperature <= 0:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p={cfg.top_p} must be above 0 and at most 1")
     if cfg.move_reference and not cfg.round_updates:
         raise UserError("--move_reference: at the start of which round? give --round_updates")
     if cfg.scorer == "rm" and not cfg.reward_model:
@@ -291,7 +287,8 @@ def main(cfg: Config) -> dict:
         check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
     context = min(model.config.max_position_embeddings for model, _ in models)
     uses = [("pairs_train", 0, 0), ("pairs_train", 0, R)] if cfg.data_pair else [("sft_train", 0, R)]
-    check_context(cfg.data_dir, context, *uses, ("sft_validation", cfg.eval_rows, R))
+    uses += [("sft_validation", cfg.eval_rows, R)]
+    check_tables(cfg.data_dir, [model for model, _ in models], *uses)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()

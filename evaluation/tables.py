@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-import os
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.statistics import paired_bootstrap
+from rlhf.files import write_file
 
 SHOWN = (
     "win_rate", "win_rate_low", "win_rate_high", "lc_win_rate", "gold", "scores", "kl", "entropy", "rougeL",
@@ -18,19 +19,15 @@ SHOWN = (
 
 
 def write(path: Path, content: str | pa.Table) -> None:
-    """To a temporary name, then renamed: a reader never sees half a file."""
-    aside = path.with_name(path.name + ".writing")
-    if isinstance(content, str):
-        aside.write_text(content)
-    else:
-        pq.write_table(content, aside)
-    os.replace(aside, path)
+    write_file(path, content if isinstance(content, str) else partial(pq.write_table, content))
 
 
 def write_sweep(out: Path, results: list[dict], rows: dict[str, list[dict]], judges: list[str]) -> list[dict]:
-    """metrics.jsonl (for study/plot.py) and sweep.csv, one line per checkpoint: its numbers, every judge's win rate
-    ("gold/win_rate"), and `difference`: by how much the first judge's win rate is above that of the first
-    checkpoint, on the same posts."""
+    """metrics.jsonl (for study/plot.py) and sweep.csv, one line per checkpoint.
+
+    Its numbers, every judge's win rate ("gold/win_rate"), and `difference`: by how much the first judge's win
+    rate is above that of the first checkpoint, on the same posts.
+    """
     lines = []
     for result in results:
         line = {key: value for key, value in result.items() if key != "judges"}
@@ -62,5 +59,5 @@ def show(lines: list[dict]) -> None:
         cells = [f"{line[c]:8.3f}" if line.get(c) is not None else " " * 8 for c in columns]
         print(f"{line['name']:{width}}", *cells)
     if far := [line["name"] for line in lines if line.get("lc_extrapolated")]:
-        print(f"lc_win of {', '.join(far)} is extrapolated: summary and reference differ in length by half or more, "
-              "few pairs are equally long")
+        print(f"lc_win of {', '.join(far)} is extrapolated: summary and reference differ in length by half "
+              "or more, few pairs are equally long")

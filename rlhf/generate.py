@@ -253,7 +253,8 @@ def generate_all(
         "temperature": temperature, "top_p": top_p, "generator": generator, "reference": reference,
         "mixture": mixture,
     }
-    for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None, leave=False):
+    hidden = None if progress else True  # None: shown on a terminal only
+    for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=hidden, leave=False):
         responses, ended = generate(model, prompts[start : start + batch], K, max_new_tokens, **options)
         all_responses += responses
         all_ended.append(ended)

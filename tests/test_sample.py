@@ -259,7 +259,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, s
     with pytest.raises(Killed):
         sample.main(cfg)
     assert not (tmp_path / "out/meta.json").exists()
-    with open(tmp_path / "out/parts.jsonl", "a") as file:
+    with open(tmp_path / "out/.writing/parts.jsonl", "a") as file:
         file.write('{"half')  # what a kill in the middle of a line leaves
     with pytest.raises(UserError, match="not empty"):
         sample.main(cfg)
@@ -281,7 +281,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, s
     ({"k": 1, "select": "gap"}, "at least 2 responses"),
     ({"select": "rso", "accept": 7}, "--accept=7"),
     ({"reward_model": ""}, "what scores"),
-    ({"beta": 0.0}, "above 0"),
+    ({"beta": 0.0}, "--beta=0.0"),
     ({"select": "gap", "gap": 1e9}, "nothing was selected for pairs_train: change --gap"),
 ], ids=str)
 def test_bad_options_are_named(world, tmp_path, changes, message):
@@ -292,6 +292,6 @@ def test_bad_options_are_named(world, tmp_path, changes, message):
 @pytest.mark.parametrize("name", ["data", "sft", "."])
 def test_inputs_are_not_overwritten(world, name):
     before = sorted(world.rglob("*"))
-    with pytest.raises(UserError, match="is or holds"):
+    with pytest.raises(UserError, match="which is read"):
         sample.main(config_of(world, world / name, overwrite=True))
     assert sorted(world.rglob("*")) == before
