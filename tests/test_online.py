@@ -112,7 +112,7 @@ def expected_over_coins(logits, options):
 
 
 def test_ipo_md_between_its_ends():
-    """Both samples from the mixture: c = 0 is online IPO, c = 1 samples the reference, and between is neither."""
+    """Both samples from the mixture: c = 0 is online IPO, c = 1 samples the reference."""
     options = {"beta": TAU}
     ends = [expected(ipo, options, "soft", x, x) for x in (POLICY, REF)]
     for c, end in zip((0.0, 1.0), ends):
