@@ -255,7 +255,8 @@ def test_no_prepared_data(tmp_path):
 
 def test_tokenizer_must_be_the_data_s_own(data_dir, tmp_path):
     check_tokenizer(data_dir, tiny_tokenizer(), vocab_size=TOKENIZER.get_vocab_size(), model="m")
-    with pytest.raises(UserError, match="m: the data has tokens up to 275, the model's embedding only 50 rows"):
+    said = "m: the data has tokens up to 275, the model's embedding only 50 rows"
+    with pytest.raises(UserError, match=said):
         check_tokenizer(data_dir, TOKENIZER, vocab_size=50, model="m")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json"):
