@@ -37,10 +37,10 @@ from evaluation.page import page_data, render
 from evaluation.tables import show, write, write_sweep
 from rlhf.common import frozen, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import check_tokenizer, read_meta
+from rlhf.data import check_tables, check_tokenizer, read_meta
 from rlhf.model import NeoX
 from rlhf.out_dir import forget_replaced, open_directory
-from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
+from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, resolve
 from rlhf.summaries import ROUGE_HINT, Post, Summary, human_summaries, read_posts
 
 
@@ -275,6 +275,8 @@ def main(cfg: Config) -> dict:
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]
+    uses = [(f"sft_{cfg.split}", cfg.n, 0), (cfg.agreement, cfg.agreement_rows, 0)]
+    check_tables(cfg.data_dir, [], *uses[: 1 + bool(cfg.agreement)])
     columns = ["reference_response", "reference_response_token"]
     posts, table = read_posts(cfg.data_dir, f"sft_{cfg.split}", columns, cfg.n)
     references = human_summaries(*(table[column] for column in columns))
@@ -285,6 +287,8 @@ def main(cfg: Config) -> dict:
         people = read_posts(cfg.data_dir, cfg.agreement, sides, cfg.agreement_rows)
     reference = load_reference(cfg, device)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
+    for path in checkpoints.values():
+        resolve(path, cfg.revision)  # a wrong name is told before anything is written
     inputs = [*checkpoints.values(), cfg.ref_model, cfg.reward_model, cfg.data_dir, cfg.judge_cache]
     out = open_directory(cfg, *inputs, cfg.judge_template, may_change=MAY_CHANGE, go_on=sweep)
     folders = {name: out / name if sweep else out for name in checkpoints}

@@ -23,9 +23,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.tldr import encode, load_tokenizer, read_rows, value, write  # noqa: E402
+from data.rows import encode, load_tokenizer, read_rows, value  # noqa: E402
 from data.toy import write_parquet  # noqa: E402
 from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
+from rlhf.files import check_apart, check_data_dir, data_aside, move_data_in  # noqa: E402
 from rlhf.model import EOS  # noqa: E402
 
 KINDS = {  # columns of the texts beside the prompt
@@ -35,7 +36,6 @@ KINDS = {  # columns of the texts beside the prompt
     "prompts": (),
 }
 NOTES = {"batch": (str, ""), "split": (str, ""), "confidence": (int, -1)}  # kept where a file has them
-OLD = ("meta.json", "sft_*.parquet", "pairs_*.parquet", "rankings_*.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +204,8 @@ def main(cfg: Config) -> None:
     check_ranges(cfg)
     if cfg.response_tokens < 2:
         raise UserError(f"--response_tokens={cfg.response_tokens} must be at least 2: a token and the EOS")
-    if out.is_dir() and any(out.iterdir()) and not cfg.overwrite:
-        raise UserError(f"--out_dir {out} is not empty; use another one, or --overwrite")
+    check_apart(cfg.out_dir, *cfg.train.split(","), *cfg.validation.split(","))
+    check_data_dir(out, "own", cfg.overwrite)
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
     tables, counted = {}, {}
     for name, rows in plan_of(cfg).items():
@@ -221,12 +221,10 @@ def main(cfg: Config) -> None:
     if shared := queries["sft_train"] & queries["sft_validation"]:
         print(f"{len(shared)} prompts are in training and in validation: the validation numbers will flatter")
 
-    out.mkdir(parents=True, exist_ok=True)
-    for old in [path for pattern in OLD for path in out.glob(pattern)]:
-        old.unlink()  # a directory without meta.json is unfinished, and no table of another run stays
+    aside = data_aside(out)
     for name, rows in tables.items():
-        write_parquet(out / f"{name}.parquet", rows)
-    write(out / "tokenizer.json", tokenizer_file)
+        write_parquet(aside / f"{name}.parquet", rows)
+    (aside / "tokenizer.json").write_bytes(tokenizer_file)
     result = {
         "world": "own",
         "response_tokens": cfg.response_tokens,
@@ -236,7 +234,8 @@ def main(cfg: Config) -> None:
         "source": [cfg.train, cfg.validation],
         "tables": counted,
     }
-    write(out / "meta.json", json.dumps(result, indent=2).encode())
+    (aside / "meta.json").write_text(json.dumps(result, indent=2))
+    move_data_in(out)
     print(json.dumps(result))
 
 

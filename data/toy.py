@@ -10,7 +10,6 @@ Besides the data the directory holds `base/`: the configuration of a small GPT-N
 import hashlib
 import json
 import random
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from data.toy_world import (  # noqa: E402
     write_summary,
 )
 from rlhf.config import check_ranges, command_line  # noqa: E402
-from rlhf.files import WRITING, check_data_dir, move_in  # noqa: E402
+from rlhf.files import check_data_dir, data_aside, move_data_in  # noqa: E402
 from rlhf.model import NeoXConfig  # noqa: E402
 from rlhf.pretrained import save_tokenizer  # noqa: E402
 
@@ -180,9 +179,7 @@ def main(cfg: Config) -> None:
     check_ranges(cfg)
     out = Path(cfg.out_dir)
     check_data_dir(out, "toy", cfg.overwrite)
-    aside = out / WRITING
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = data_aside(out)
 
     tokenizer, seen = train_tokenizer(), set()
     files = {
@@ -215,9 +212,7 @@ def main(cfg: Config) -> None:
         **pair_statistics(data["pairs_train"]),
     }
     (aside / "meta.json").write_text(json.dumps(result, indent=2))
-    (out / "meta.json").unlink(missing_ok=True)  # until the new one is there, the directory is unfinished
-    move_in(aside / "base", out / "base", last="config.json")
-    move_in(aside, out, last="meta.json")
+    move_data_in(out)
 
     row = data["pairs_train"][0]
     print(f"{row['query']}\n\nchosen:  {row['chosen']}\nrejected:{row['rejected']}\nfacts:   {row['facts']}\n")

@@ -17,7 +17,6 @@ A number must be finite, and in its range (RANGES): an option means the same in 
 import argparse
 import dataclasses
 import inspect
-import math
 import re
 import sys
 import types
@@ -46,6 +45,12 @@ RANGES = {
     "beta": "(0, inf)",
     "gamma": "[0, inf)",
     "gamma_beta_ratio": "[0, inf)",
+    "alpha": "(-inf, inf)",
+    "delta": "[0, inf)",
+    "tau": "(0, inf)",
+    "sft_coef": "[0, inf)",
+    "r_max": "(0, inf]",
+    "top_k": "[1, inf)",
     "label_smoothing": "[0, 0.5]",
     "missing_eos_penalty": "[0, inf)",
     "invalid_logprob_fill": "(-inf, inf)",
@@ -126,10 +131,8 @@ def in_words(wanted: str) -> str:
 
 
 def inside(value: float, wanted: str) -> bool:
-    """inside(0, "(0, 1]") is False: the round bracket leaves the end out."""
+    """inside(0, "(0, 1]") is False: the round bracket leaves the end out. nan is in nothing."""
     low, high = map(float, wanted[1:-1].split(","))
-    if not math.isfinite(value):
-        return False
     above = value >= low if wanted[0] == "[" else value > low
     below = value <= high if wanted[-1] == "]" else value < high
     return above and below

@@ -20,8 +20,9 @@ def read_meta(data_dir: str) -> dict:
         raise UserError(f"{data_dir}: no prepared data there (no meta.json). Make it with data/toy.py or "
                         f"data/tldr.py --out_dir={data_dir}")
     meta = read_json(path)
-    if not isinstance(meta.get("response_tokens", 1), int) or meta.get("response_tokens", 1) < 1:
-        raise UserError(f"{path}: response_tokens is no number of tokens; prepare the data again")
+    tokens = meta.get("response_tokens")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise UserError(f"{path}: response_tokens is {tokens!r}, no number of tokens; prepare the data again")
     return meta
 
 
@@ -124,14 +125,14 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
     another type, an id that a model has no embedding for, a response without tokens, a row beyond the
     context, a pair of two equal responses.
 
-    A use is (table, rows, new): of its first `rows` (0 = all) the prompts, with `new` tokens to be sampled or
-    (0) the responses they have.
+    Without models only the types are known. A use is (table, rows, new): of its first `rows` (0 = all) the
+    prompts, with `new` tokens to be sampled or (0) the responses they have.
     """
-    vocabulary = min(model.config.vocab_size for model in models)
-    context = min(model.config.max_position_embeddings for model in models)
+    vocabulary = min((model.config.vocab_size for model in models), default=2**31)
+    context = min((model.config.max_position_embeddings for model in models), default=2**31)
     for name, rows, new in uses:
         path = Path(data_dir) / f"{name}.parquet"
-        columns = ("query_token", *(() if new else RESPONSES[name.split("_")[0]]))
+        columns = ("query_token", *(() if new else RESPONSES.get(name.split("_")[0], ())))
         there = column_names(data_dir, name)
         texts = [column for column in TEXTS if column in there]
         table = open_table(data_dir, name, [*columns, *texts], rows)
@@ -205,8 +206,13 @@ def first(found: pa.Array) -> int:
 
 def check_distinct(path: Path, chosen: pa.Array, rejected: pa.Array) -> None:
     """A pair of two equal responses teaches nothing, and hides a fault in the data."""
-    alike = np.flatnonzero(pc.equal(pc.list_value_length(chosen), pc.list_value_length(rejected)))
-    equal = [i for i in alike.tolist() if chosen[i].values.equals(rejected[i].values)]
-    if equal:
+    lengths = pc.list_value_length(chosen).to_numpy()
+    alike = np.flatnonzero(lengths == pc.list_value_length(rejected).to_numpy())
+    if not len(alike):
+        return
+    same = pc.equal(*(pc.list_flatten(side.take(pa.array(alike))) for side in (chosen, rejected)))
+    starts = np.cumsum(lengths[alike]) - lengths[alike]
+    equal = alike[np.logical_and.reduceat(same.to_numpy(zero_copy_only=False), starts)]
+    if len(equal):
         raise UserError(f"{path}: chosen equals rejected in {len(equal)} rows, the first is row {equal[0]}; "
                         "drop them")

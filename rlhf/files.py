@@ -53,8 +53,8 @@ def move_in(aside: Path, out: Path, last: str) -> None:
 
 
 def check_data_dir(out: Path, world: str, overwrite: bool) -> None:
-    """Raises UserError unless `out` is a new directory, or prepared data of the same world (or what a kill left
-    of it) that --overwrite may replace."""
+    """Raises UserError unless `out` is a new directory, or prepared data of the same world (or what a kill
+    left of it) that --overwrite may replace."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file; use another one")
     if not out.exists() or not any(path.name != WRITING for path in out.iterdir()):
@@ -66,6 +66,25 @@ def check_data_dir(out: Path, world: str, overwrite: bool) -> None:
     meta = out / "meta.json"
     if meta.exists() and f'"world": "{world}"' not in meta.read_text():
         raise UserError(f"--out_dir {out} holds data of another world than {world!r}; use another one")
+
+
+def data_aside(out: Path) -> Path:
+    """An empty folder for the files of a prepared data directory."""
+    aside = out / WRITING
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def move_data_in(out: Path) -> None:
+    """Until meta.json is there again, the directory is unfinished; no table of earlier data stays."""
+    aside = out / WRITING
+    (out / "meta.json").unlink(missing_ok=True)
+    for old in [path for kind in ("sft_*", "pairs_*", "rankings_*") for path in out.glob(f"{kind}.parquet")]:
+        old.unlink()
+    if (aside / "base").exists():
+        move_in(aside / "base", out / "base", last="config.json")
+    move_in(aside, out, last="meta.json")
 
 
 def checksum(path: Path) -> int:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from rlhf.config import RunError, UserError
-from rlhf.files import checksum, fingerprint, move_in, remove, sync, write_file
+from rlhf.files import checksum, fingerprint, identity, move_in, remove, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
     changes,
@@ -125,6 +125,8 @@ class Run:
             if value:
                 path = Path(value) if name == "data_dir" else resolve(value, revision)
                 found[name] = fingerprint(path)
+        if source := getattr(self.config, "reward_fn", "").rpartition(":")[0]:
+            found["reward_fn"] = {source: identity(Path(source))}
         return found
 
     def check_inputs(self) -> None:
@@ -148,20 +150,22 @@ class Run:
         enter(self.config, self.about, self.inputs())
         if not self.config.resume:
             return 0
-        metrics = self.out / "metrics.jsonl"
+        logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
         checkpoints = resumable(self.out)
         if not checkpoints:
-            metrics.unlink(missing_ok=True)  # lines of an attempt that ended before its first checkpoint
+            for log in logs:  # of an attempt that ended before its first checkpoint
+                log.unlink(missing_ok=True)
             print(f"{self.out}: no checkpoint to resume, starting at step 0")
         else:
             self.start = restore(checkpoints, model, optimizer, generator)
             if self.start > self.steps:
                 raise UserError(f"{checkpoints[0]}: this command makes only {self.steps} updates")
             print(f"resuming {self.out} at step {self.start} of {self.steps}")
-        if metrics.exists() and self.start:  # lines after the checkpoint will be written again
-            lines = read_lines(metrics, self.start)
-            write_file(metrics, "".join(line + "\n" for line in lines))
-            self.last = json.loads(lines[-1]) if lines else {}
+        for log in filter(Path.exists, logs):  # lines after the checkpoint will be written again
+            lines = read_lines(log, self.start)
+            write_file(log, "".join(line + "\n" for line in lines))
+            if lines and log == logs[0]:
+                self.last = json.loads(lines[-1])
         if self.changed:
             self.note_changes()
         (self.out / "result.json").unlink(missing_ok=True)  # of a run that is made longer

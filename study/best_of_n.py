@@ -30,7 +30,7 @@ from evaluation.judges import make_judge
 from evaluation.tables import write
 from rlhf.common import frozen, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import check_tokenizer, read_meta
+from rlhf.data import check_tables, check_tokenizer, read_meta
 from rlhf.generate import generate_all
 from rlhf.out_dir import check_out_dir, exists, forget_replaced, open_directory
 from rlhf.pretrained import from_pretrained, load_tokenizer
@@ -58,7 +58,7 @@ class Config:
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA,
-    #                     float32 on CPU
+                         # float32 on CPU
     micro_batch_tokens: int = 8192  # tokens in one forward; changes memory and speed, not the result
     rollout_prompts: int = 16  # prompts in one generation call
 
@@ -118,6 +118,7 @@ def sampled_values(cfg: Config, posts: list[Post], device: torch.device) -> dict
     model = frozen(load(cfg.model))
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
+    check_tables(cfg.data_dir, [model], (f"sft_{cfg.split}", cfg.rows, R))
     proxy = make_judge("rm", **{**vars(cfg), "device": device})
     true_reward = gold(cfg.data_dir)
 

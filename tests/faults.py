@@ -44,7 +44,7 @@ def config(world: Path, script, out_dir: Path, **changes):
     io = {"data_dir": str(world / "data"), "out_dir": str(out_dir), "device": "cpu"}
     train = {"save_every": 1, "lr": 1e-3}
     small = {
-        train_sft: {**train, "model": f"{world}/data/base", "init": "scratch", "batch_size": 4, "eval_rows": 2},
+        train_sft: {**train, "model": f"{world}/data/base", "init": "scratch", "batch_size": 6, "eval_rows": 2},
         train_rm: {**train, "model": f"{world}/sft", "batch_size": 3, "center_rows": 4, "eval_rows": 2},
         train_rloo: {
             **train, "model": f"{world}/sft", "reward_model": f"{world}/rm", "batch_size": 4, "episodes": 8, "k": 2,

@@ -214,7 +214,7 @@ def data_dir(tmp_path):
     )
     pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "sft_train.parquet").read_bytes()[:-20])
-    (tmp_path / "meta.json").write_text(json.dumps({"world": "toy"}))
+    (tmp_path / "meta.json").write_text(json.dumps({"world": "toy", "response_tokens": 9}))
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     return str(tmp_path)
 
@@ -225,7 +225,7 @@ def test_tables(data_dir, tmp_path):
     }
     assert read_table(data_dir, "sft_train", ["id"], limit=2) == {"id": ["a", "b"]}
     assert read_table(data_dir, "sft_train", ["id"], limit=9) == {"id": ["a", "b", "c"]}
-    assert read_meta(data_dir) == {"world": "toy"}
+    assert read_meta(data_dir) == {"world": "toy", "response_tokens": 9}
     assert has_column(data_dir, "sft_train", "id") and not has_column(data_dir, "sft_train", "facts")
     assert tables(data_dir, "sft_") == ["sft_train"] and tables(data_dir, "pairs_") == []
 
@@ -445,8 +445,10 @@ def test_finished_run(cfg, capsys):
 # --- every script, and the presets
 
 
-SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "study.best_of_n", "study.plot",
-           "study.results", "data.toy", "data.tldr", "data.jsonl"]
+SCRIPTS = [
+    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "evaluate", "study.best_of_n",
+    "study.plot", "study.results", "data.toy", "data.tldr", "data.jsonl",
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
