@@ -445,10 +445,14 @@ def test_finished_run(cfg, capsys):
 # --- every script, and the presets
 
 
-SCRIPTS = [
-    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "evaluate", "study.best_of_n",
-    "study.plot", "study.results", "data.toy", "data.tldr", "data.jsonl",
-]
+FILES = [path for folder in ("", "data/", "study/") for path in sorted(ROOT.glob(f"{folder}*.py"))]
+SCRIPTS = [str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in FILES
+           if re.search("^class Config:", path.read_text(), re.M)]
+
+
+def test_scripts_are_found():
+    some = {"train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "data.toy", "data.tldr"}
+    assert some | {"study.plot", "study.best_of_n", "study.results"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
