@@ -219,11 +219,11 @@ def test_metrics_of_rloo_agree_with_each_other(world):
 def test_the_log_is_json_whatever_the_ratios_are(world, tmp_path, monkeypatch, ppo_epochs, factor, known):
     """A ratio of 1e23 has a variance, an infinite one has none: null. Neither word of Python, Infinity and
     NaN, is JSON."""
-    def far(*args):
-        losses, stats = rlhf.policy.clipped_policy_loss(*args)
+    def far(*args, **options):
+        losses, stats = rlhf.policy.clipped_policy_loss(*args, **options)
         return losses, {**stats, "ratio": stats["ratio"] * factor}
 
-    monkeypatch.setattr(train_rloo, "clipped_policy_loss", far)
+    monkeypatch.setitem(rlhf.policy.POLICY_LOSSES, "sequence", far)
     train_rloo.main(again(world, train_rloo, tmp_path / "run", episodes=16, ppo_epochs=ppo_epochs))
     text = (tmp_path / "run/metrics.jsonl").read_text()
     (line,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
@@ -513,7 +513,9 @@ def call(monkeypatch, capsys, tmp_path):
     return run
 
 
-COMMANDS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "evaluate"]
+COMMANDS = [
+    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "sample", "evaluate",
+]
 
 
 @pytest.mark.parametrize("script", COMMANDS)
