@@ -129,7 +129,7 @@ def test_every_number_of_a_greedy_evaluation(world, tmp_path, capsys):
 
 
 def test_kl_and_entropy_are_of_samples(world, tmp_path):
-    """kl and kl_full estimate one number, are 0 to the model itself; sampled summaries are their own sample."""
+    """kl and kl_full estimate one number, are 0 to the model itself; summaries may be their own sample."""
     ref = str(world / "rloo/ckpt/step_00000009")
     sampled = main(config(world, tmp_path / "a", ref_model=ref, temperature=1.0, n=40))
     rows = table(tmp_path / "a")
