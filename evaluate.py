@@ -1,4 +1,4 @@
-"""Evaluation: summaries of one or many checkpoints, measured, and judged against the human reference.
+r"""Evaluation: summaries of one or many checkpoints, measured, and judged against the human reference.
 
     win rate = mean over posts of preference(summary over reference), ties half
 
@@ -19,10 +19,9 @@ GPU, Pythia 1B (win rates in TRL's documentation, same judge: SFT 33 %, KL-const
 import glob
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -37,11 +36,11 @@ from evaluation.measures import measure, summaries_of, summarise
 from evaluation.page import page_data, render
 from evaluation.tables import show, write, write_sweep
 from rlhf.common import frozen, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import check_tokenizer, read_meta
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import check_tables, check_tokenizer, read_meta
 from rlhf.model import NeoX
-from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
-from rlhf.run import Run
+from rlhf.out_dir import forget_replaced, open_directory
+from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, resolve
 from rlhf.summaries import ROUGE_HINT, Post, Summary, human_summaries, read_posts
 
 
@@ -108,12 +107,9 @@ PATTERN = re.compile(r"[*?\[]")
 
 
 def check(cfg: Config) -> None:
+    check_ranges(cfg)
     if cfg.agreement and not parse_judges(cfg.judge):
         raise UserError("--agreement asks how often a judge agrees with people: it needs --judge")
-    if cfg.temperature < 0 or cfg.sample_temperature < 0 or cfg.n < 0:
-        raise UserError("--temperature, --sample_temperature and --n must be at least 0")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p={cfg.top_p} must be above 0 and at most 1")
 
 
 def matches(pattern: str) -> list[str]:
@@ -143,34 +139,6 @@ def find_checkpoints(text: str) -> dict[str, str]:
         raise UserError(f"--model={text}: names the same model twice")
     tail = next(k for k in range(1, 99) if len({p[-k:] for p in parts}) == len(parts))
     return {"-".join(p[-tail:]).strip("/.-") or "model": path for p, path in zip(parts, found)}
-
-
-def open_out_dir(cfg: Config, sweep: bool) -> Path:
-    """A new directory, one that is emptied (--overwrite), or an evaluation with the same settings."""
-    out = Path(cfg.out_dir)
-    if out.exists() and any(out.iterdir()):
-        if not (out / "run.json").exists():
-            raise UserError(f"{out} is not empty and holds no run.json, so it is not an evaluation; "
-                            "choose another --out_dir")
-        if cfg.overwrite:
-            shutil.rmtree(out)
-        else:
-            check_same(cfg, out)
-            if not (cfg.resume or sweep):
-                raise UserError(f"{out} exists: continue it with --resume, replace it with --overwrite, "
-                                "or choose another --out_dir")
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "run.json", json.dumps(Run.describe(cfg), indent=2) + "\n")
-    return out
-
-
-def check_same(cfg: Config, out: Path) -> None:
-    old = read_json(out / "run.json")["config"]
-    now = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
-    changed = [f"--{key} was {old.get(key)!r}, is {new!r}" for key, new in now.items() if old.get(key) != new]
-    if changed:
-        raise UserError(f"{out} holds an evaluation with other settings ({'; '.join(changed)}): "
-                        "--overwrite it or choose another --out_dir")
 
 
 def forget_if_changed(where: Path, *sources: str) -> None:
@@ -307,6 +275,8 @@ def main(cfg: Config) -> dict:
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]
+    uses = [(f"sft_{cfg.split}", cfg.n, 0), (cfg.agreement, cfg.agreement_rows, 0)]
+    check_tables(cfg.data_dir, [], *uses[: 1 + bool(cfg.agreement)])
     columns = ["reference_response", "reference_response_token"]
     posts, table = read_posts(cfg.data_dir, f"sft_{cfg.split}", columns, cfg.n)
     references = human_summaries(*(table[column] for column in columns))
@@ -317,7 +287,10 @@ def main(cfg: Config) -> dict:
         people = read_posts(cfg.data_dir, cfg.agreement, sides, cfg.agreement_rows)
     reference = load_reference(cfg, device)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
-    out = open_out_dir(cfg, sweep)
+    for path in checkpoints.values():
+        resolve(path, cfg.revision)  # a wrong name is told before anything is written
+    inputs = [*checkpoints.values(), cfg.ref_model, cfg.reward_model, cfg.data_dir, cfg.judge_cache]
+    out = open_directory(cfg, *inputs, cfg.judge_template, may_change=MAY_CHANGE, go_on=sweep)
     folders = {name: out / name if sweep else out for name in checkpoints}
     print(f"{len(checkpoints)} checkpoint(s), {len(posts)} posts of sft_{cfg.split}, judge: {cfg.judge}")
 
@@ -338,6 +311,7 @@ def main(cfg: Config) -> dict:
     if found:
         result = {**result, "agreement": found}
     result = {**result, "out_dir": str(out), "seconds": round(time.time() - began, 1)}
+    forget_replaced(out)
     print(json.dumps(result))
     return result
 

@@ -15,29 +15,33 @@ CPU, toy world (half a minute; kl about 1.6; gold up to 0.2, then 0.1):
 GPU, Pythia 1B (published win rate about 51 %): bash runs/paper_1b.sh
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, has_column, read_meta, read_table
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.logprobs import compile_kernels
 from rlhf.masked import masked_mean, masked_sum, seq_logprobs
-from rlhf.model import compile_layers
+from rlhf.model import NeoX, compile_layers
 from rlhf.policy import ADVANTAGES, clipped_policy_loss, k1, k2, k3
 from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.reward_fn import function_scores, load_reward_fn
 from rlhf.rewards import missing_eos, parse_reward, rlhf_reward
 from rlhf.run import Run
-from rlhf.summaries import mean, summary_metrics, texts_of
+from rlhf.summaries import log_samples, mean, summary_metrics, texts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,8 @@ class Config:
     # I/O
     data_dir: str  # prepared data (data/tldr.py or data/toy.py)
     model: str  # the SFT model the policy starts from: Hugging Face directory, run directory or hub id
-    reward_model: str  # the reward model, of any size with the same tokenizer
+    reward_model: str = ""  # the reward model, of any size with the same tokenizer; or give --reward_fn
+    reward_fn: str = ""  # file.py:name, a function of prompts and texts in its place (rlhf/reward_fn.py)
     ref_model: str = ""  # what the KL is measured to (default: --model as it was at the start)
     revision: str = "main"  # revision of hub ids
     out_dir: str  # the run: model, metrics.jsonl, checkpoints
@@ -78,8 +83,11 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping, as TRL's RLOO)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
+    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all, for curves over training)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -92,16 +100,67 @@ class Config:
 
 
 def check(cfg: Config) -> None:
+    check_ranges(cfg)
     if cfg.advantage not in ADVANTAGES:
         raise UserError(f"--advantage={cfg.advantage}: known are {', '.join(ADVANTAGES)}")
+    if bool(cfg.reward_model) == bool(cfg.reward_fn):
+        raise UserError("what is the reward? give --reward_model or --reward_fn, one of the two")
     if cfg.k < 2:
-        raise UserError(f"--k={cfg.k}: the leave-one-out baseline needs at least 2 responses per prompt")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p={cfg.top_p} must be above 0 and at most 1")
+        raise UserError(f"--k={cfg.k} must be at least 2: the others of a prompt are the baseline")
     if cfg.temperature <= 0:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
     if cfg.batch_size % cfg.k:
         raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
+    if cfg.top_p < 1:
+        print(f"warning: --top_p={cfg.top_p}: samples of the nucleus, log-probs and gradient of the full "
+              "distribution: the gradient is biased", file=sys.stderr)
+
+
+def load_models(cfg: Config, device: torch.device) -> list[tuple[NeoX, str]]:
+    """Policy, reference and, unless there is a --reward_fn, the reward model, each with its name; all of them
+    know the tokens of the data."""
+    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
+    ref_model = cfg.ref_model or cfg.model
+    models = [(load(cfg.model), cfg.model), (frozen(load(ref_model)), ref_model)]
+    if cfg.reward_model:
+        models.append((frozen(load(cfg.reward_model, head="score")), cfg.reward_model))
+    for model, name in models:
+        own = load_tokenizer(name, cfg.revision)
+        check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
+    if cfg.compile:
+        compile_kernels()
+        for model, _ in models:
+            compile_layers(model)
+    return models
+
+
+def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
+    """The prompts; `references`: for a reward model the human response to each, in a list of one or none."""
+    columns = ["query_token", "facts"] if true_reward else ["query_token"]
+    data = read_table(cfg.data_dir, "sft_train", columns)
+    human = "reference_response_token"
+    if cfg.reward_model and has_column(cfg.data_dir, "sft_train", human):
+        references = [[r] for r in read_table(cfg.data_dir, "sft_train", [human])[human]]
+    else:
+        references = [[]] * len(data["query_token"])
+    return data | {"references": references}
+
+
+def model_scores(
+    reward_model: NeoX, pack_rows: Callable, prompts: list, responses: list, references: list,
+) -> tuple[Tensor, Tensor]:
+    """Scores of the responses (n, K) and, as response K + 1 of their row, of the references (n, 0 or 1)."""
+    groups = pack_rows(prompts, [own + human for own, human in zip(responses, references)])
+    scores = response_scores(reward_model, groups)  # (n, K or K + 1)
+    K = len(responses[0])
+    return scores[:, :K], scores[:, K:]
+
+
+def make_score(cfg: Config, models: list, tokenizer: Tokenizer, pack_rows: Callable) -> Callable:
+    """score(prompts, responses, references) -> scores (n, K), scores of the references (n, 0 or 1)."""
+    if cfg.reward_fn:
+        return partial(function_scores, load_reward_fn(cfg.reward_fn), tokenizer, models[0][0].device)
+    return partial(model_scores, models[2][0], pack_rows)
 
 
 def policy_gradient(
@@ -119,8 +178,10 @@ def rollout_metrics(batch: dict[str, Tensor], coefficients: dict[str, float]) ->
     """What is logged of a scored rollout, (N, K, R) or (N, K) each; README, "Every metric of RLOO"."""
     mask, logprobs, ref_logprobs = batch["mask"], batch["old_logprobs"], batch["ref_logprobs"]
     terms = {name: batch[name].mean().item() for name in coefficients if name != "score"}
+    over = batch["scores"].mean() - batch["reference_scores"].mean()  # nan without references
     return {
         "scores": batch["scores"].mean().item(),
+        **({"scores_over_reference": over.item()} if batch["reference_scores"].numel() else {}),
         "scores_std": batch["scores"].std().item(),
         "raw_scores": batch["raw_scores"].mean().item(),
         "rlhf_reward": batch["rewards"].mean().item(),
@@ -163,32 +224,24 @@ def main(cfg: Config) -> dict:
     R = cfg.response_tokens or meta["response_tokens"]  # longest response
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
-    columns = ["query_token", "facts"] if true_reward else ["query_token"]
-    data = read_table(cfg.data_dir, "sft_train", columns)
+    data = read_prompts(cfg, bool(true_reward))
     valid = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
 
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
-    policy = load(cfg.model)
-    reference = frozen(load(cfg.ref_model or cfg.model))
-    reward_model = frozen(load(cfg.reward_model, head="score"))
+    models = load_models(cfg, device)
+    policy, reference = models[0][0], models[1][0]
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    models = [(policy, cfg.model), (reference, cfg.ref_model or cfg.model), (reward_model, cfg.reward_model)]
-    for model, name in models:
-        own = load_tokenizer(name, cfg.revision)
-        check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
     context = policy.config.max_position_embeddings
-    check_context(cfg.data_dir, context, ("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R))
+    uses = [("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R)]
+    uses += [("sft_train", 0, 0)] if any(data["references"]) else []
+    check_tables(cfg.data_dir, [model for model, _ in models], *uses)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.compile:
-        compile_kernels()
-        for model, _ in models:
-            compile_layers(model)
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)
+    score = make_score(cfg, models, tokenizer, pack_rows)
     learn = partial(policy_gradient, clip=cfg.clip, sequences=cfg.batch_size)
     objective = " + ".join(f"{coefficient:g} {name}" for name, coefficient in coefficients.items())
     parameters = sum(p.numel() for p in policy.parameters())
@@ -208,6 +261,7 @@ def main(cfg: Config) -> dict:
             top_p=cfg.top_p, generator=generator,
         )
         ended = ended.to(device)  # (N, K)
+        references = [data["references"][i] for i in rows]
         slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("rollout")
 
@@ -217,7 +271,7 @@ def main(cfg: Config) -> dict:
             # 2. scoring: reward, and log-probs under policy and reference by a forward, not from sampling
             groups = pack_rows(prompts[s], responses[s])
             mask = groups.response_mask  # (n, K, R)
-            raw_scores = response_scores(reward_model, groups)  # (n, K)
+            raw_scores, reference_scores = score(prompts[s], responses[s], references[s])
             stats = token_stats(policy, groups, cfg.temperature, reference)  # (n, K, R) each
             old_logprobs = stats.logprobs.detach()
 
@@ -230,8 +284,8 @@ def main(cfg: Config) -> dict:
             scored.append({
                 "ended": ended[s], "mask": mask, "old_logprobs": old_logprobs,
                 "ref_logprobs": stats.ref_logprobs, "entropy": stats.entropy.detach(), "kl_full": stats.kl,
-                "raw_scores": raw_scores, "scores": scores, "rewards": rewards, "advantages": advantages,
-                **terms,
+                "raw_scores": raw_scores, "scores": scores, "reference_scores": reference_scores,
+                "rewards": rewards, "advantages": advantages, **terms,
             })
             timer.lap("scoring")
             learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask))
@@ -275,6 +329,8 @@ def main(cfg: Config) -> dict:
             facts = [data["facts"][i] for i in rows for _ in range(cfg.k)]
             texts = texts_of(tokenizer, responses)
             metrics["gold"] = mean(true_reward(facts, texts, ended.flatten().tolist()))
+        if cfg.samples_every and step % cfg.samples_every == 0:
+            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, batch)
         metrics |= timer.metrics(tokens=mask.sum().item(), rollout=1, scoring=1, update=cfg.ppo_epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "entropy", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)
@@ -283,8 +339,7 @@ def main(cfg: Config) -> dict:
         policy, valid["query_token"], 1, R, batch=cfg.rollout_prompts, progress="greedy samples"
     )
     result = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, true_reward)
-    if total > out.start:
-        result |= {key: metrics[key] for key in ("scores", "rlhf_reward", "kl", "entropy")}
+    result |= {key: out.last.get(key) for key in ("scores", "rlhf_reward", "kl", "entropy")}
     return out.finish(policy, tokenizer, result)
 
 

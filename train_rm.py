@@ -24,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
+from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import (
     batch_indices,
-    check_context,
-    check_distinct,
+    check_tables,
     check_tokenizer,
+    has_column,
     read_meta,
     read_table,
     tables,
@@ -67,7 +67,9 @@ class Config:
     # eval and logging
     eval_rows: int = 0  # rows of each validation table (0 = all)
     save_every: int = 200  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # data order and the weights of the head
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -78,23 +80,27 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
 
 
+NOTES = ("split", "batch", "confidence")  # accuracy is told by each of these that a validation table has
+
+
 def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """(pairs,): 1 where the chosen response has the higher number, 0.5 at a tie, else 0."""
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
 def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dict[str, float]:
-    """Share of pairs whose chosen response scores higher: of all, by split, by batch, by confidence; and the
-    share in which it is the longer one."""
+    """Share of pairs whose chosen response scores higher: of all, and by each of NOTES that the table has;
+    and the share in which it is the longer one."""
     right = share_right(chosen, rejected)  # (pairs,)
     chosen_length = torch.tensor([len(tokens) for tokens in table["chosen_token"]])
     rejected_length = torch.tensor([len(tokens) for tokens in table["rejected_token"]])
     longer = share_right(chosen_length, rejected_length)  # (pairs,)
     out = {"accuracy": right.mean().item(), "longer_wins_accuracy": longer.mean().item(), "pairs": len(right)}
-    for column in ("split", "batch", "confidence"):
+    for column in [column for column in NOTES if column in table]:
         members = defaultdict(list)
         for i, value in enumerate(table[column]):
-            members[value].append(i)
+            if value is not None:
+                members[value].append(i)
         if len(members) > 1:
             for value, rows in sorted(members.items()):
                 out[f"accuracy/{column}={value}"] = right[rows].mean().item()
@@ -102,16 +108,19 @@ def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dic
 
 
 def main(cfg: Config) -> dict:
+    check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     read_meta(cfg.data_dir)
     columns = ["query_token", "chosen_token", "rejected_token"]
     train = read_table(cfg.data_dir, "pairs_train", columns, cfg.train_rows)
-    check_distinct(cfg.data_dir, "pairs_train", train)
     rows = len(train["query_token"])
     total = int(rows * cfg.epochs / cfg.batch_size)  # the last incomplete batch is dropped
     if total < 1:
         raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} pairs x {cfg.epochs} epochs: "
                         "no update to make")
+    if cfg.center and not has_column(cfg.data_dir, "sft_train", "reference_response_token"):
+        raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become "
+                        "0: give --center=false, then the rewards keep their offset")
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
@@ -125,7 +134,7 @@ def main(cfg: Config) -> dict:
     uses = [("pairs_train", cfg.train_rows, 0)]
     uses += [(name, cfg.eval_rows, 0) for name in tables(cfg.data_dir, "pairs_validation")]
     uses += [("sft_train", cfg.center_rows, 0)] if cfg.center else []
-    check_context(cfg.data_dir, model.config.max_position_embeddings, *uses)
+    check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_layers(model)
@@ -142,10 +151,10 @@ def main(cfg: Config) -> dict:
     @torch.no_grad()
     def all_scores(prompts: list, responses: list, name: str) -> torch.Tensor:
         slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
-        parts = [scores(prompts[s], responses[s]).cpu() for s in tqdm(slices, desc=name, leave=False)]
+        bar = tqdm(slices, desc=name, leave=False, disable=None)
+        parts = [scores(prompts[s], responses[s]).cpu() for s in bar]
         return torch.cat(parts)  # (N, K)
 
-    loss = None  # stays None if a resumed run had no update left to make
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         indices = batch_indices(rows, cfg.batch_size, step, cfg.seed)
@@ -176,15 +185,15 @@ def main(cfg: Config) -> dict:
         out.checkpoint(step + 1, model, tokenizer, optimizer)
 
     if cfg.center:
-        columns = ["query_token", "reference_response_token"]
-        references = read_table(cfg.data_dir, "sft_train", columns, cfg.center_rows)
+        answered = ["query_token", "reference_response_token"]
+        references = read_table(cfg.data_dir, "sft_train", answered, cfg.center_rows)
         answers = [[r] for r in references["reference_response_token"]]
         rewards = all_scores(references["query_token"], answers, "mean reward of the references")
         model.fold_offset(rewards.double().mean().item())
-    result = {"loss": loss}
+    result = {"loss": out.last.get("loss")}
     for name in tables(cfg.data_dir, "pairs_validation"):
-        columns = ["query_token", "chosen_token", "rejected_token", "split", "batch", "confidence"]
-        table = read_table(cfg.data_dir, name, columns, cfg.eval_rows)
+        notes = [column for column in NOTES if has_column(cfg.data_dir, name, column)]
+        table = read_table(cfg.data_dir, name, [*columns, *notes], cfg.eval_rows)
         pairs = [list(pair) for pair in zip(table["chosen_token"], table["rejected_token"])]
         chosen, rejected = all_scores(table["query_token"], pairs, name).unbind(1)
         measured = accuracies(chosen, rejected, table)

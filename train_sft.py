@@ -23,8 +23,8 @@ import torch
 
 from data.gold import gold
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, command_line
-from rlhf.data import batch_indices, check_context, check_tokenizer, read_meta, read_table
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import batch_indices, check_tables, check_tokenizer, column_names, read_meta, read_table
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -62,7 +62,9 @@ class Config:
     eval_rows: int = 256  # validation rows for the loss and for greedy samples (ROUGE, length, EOS)
     eval_every: int = 0  # updates between two validation losses (0 = only at the end)
     save_every: int = 200  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # data order and, from scratch, the weights
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -71,6 +73,9 @@ class Config:
     compile: bool = False  # torch.compile the model
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+
+
+TARGET = "reference_response_token"  # the column that is learnt
 
 
 def learnt_part(query: list[int], response: list[int], loss_on: str) -> tuple[list[int], list[list[int]]]:
@@ -82,9 +87,14 @@ def learnt_part(query: list[int], response: list[int], loss_on: str) -> tuple[li
 
 
 def main(cfg: Config) -> dict:
+    check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
-    columns = ["query_token", "reference_response_token"]
+    there = column_names(cfg.data_dir, "sft_train")
+    if there and TARGET not in there:
+        raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: "
+                        "prepare rows with a response (of all scripts only train_rloo.py needs none)")
+    columns = ["query_token", TARGET]
     train = read_table(cfg.data_dir, "sft_train", columns, cfg.train_rows)
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
     rows = len(train["query_token"])
@@ -101,8 +111,9 @@ def main(cfg: Config) -> dict:
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
-    uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, R)]
-    check_context(cfg.data_dir, model.config.max_position_embeddings, *uses)
+    uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0)]
+    uses += [("sft_validation", cfg.eval_rows, R)]
+    check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_kernels()
@@ -129,7 +140,6 @@ def main(cfg: Config) -> dict:
         slices = micro_batches(prompts, responses, cfg.micro_batch_tokens)
         return sum(batch_loss(prompts[s], responses[s], tokens).item() for s in slices)
 
-    loss = None  # stays None if a resumed run had no update left to make
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         prompts, responses = groups_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
@@ -151,7 +161,8 @@ def main(cfg: Config) -> dict:
 
     greedy, ended = generate_all(model, valid["query_token"], 1, R, batch=64, progress="greedy samples")
     quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, gold(cfg.data_dir))
-    return out.finish(model, tokenizer, {"loss": loss, "eval/loss": validation_loss(), **quality})
+    losses = {"loss": out.last.get("loss"), "eval/loss": validation_loss()}
+    return out.finish(model, tokenizer, {**losses, **quality})
 
 
 if __name__ == "__main__":

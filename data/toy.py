@@ -9,7 +9,6 @@ Besides the data the directory holds `base/`: the configuration of a small GPT-N
 
 import hashlib
 import json
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -23,8 +22,19 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.toy_world import MOST_WORDS, REFERENCE_WRITER, WRITERS, Post, gold_reward, make_post, rank, utility, write_summary  # noqa: E402
-from rlhf.config import UserError, command_line  # noqa: E402
+from data.toy_world import (  # noqa: E402
+    MOST_WORDS,
+    REFERENCE_WRITER,
+    WRITERS,
+    Post,
+    gold_reward,
+    make_post,
+    rank,
+    utility,
+    write_summary,
+)
+from rlhf.config import check_ranges, command_line  # noqa: E402
+from rlhf.files import check_data_dir, data_aside, move_data_in  # noqa: E402
 from rlhf.model import NeoXConfig  # noqa: E402
 from rlhf.pretrained import save_tokenizer  # noqa: E402
 
@@ -126,19 +136,11 @@ def add_tokens(rows: list[dict], tokenizer: Tokenizer) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ files
-def write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_parquet(path: Path, rows: list[dict]) -> None:
     ids = pa.list_(pa.int32())
     types = {"responses": pa.list_(pa.string()), "responses_token": pa.list_(ids), "confidence": pa.int32()}
     schema = pa.schema([(key, types.get(key, ids if key.endswith("_token") else pa.string())) for key in rows[0]])
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-    os.replace(temporary, path)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path)
 
 
 def write_base(folder: Path, size: str, tokenizer: Tokenizer) -> None:
@@ -148,7 +150,8 @@ def write_base(folder: Path, size: str, tokenizer: Tokenizer) -> None:
     width, layers, heads = SIZES[size]
     config = NeoXConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                         intermediate_size=4 * width, max_position_embeddings=256, rotary_pct=1.0, tie_word_embeddings=True, initializer_range=0.08)
-    write(folder / "config.json", json.dumps({"architectures": ["GPTNeoXForCausalLM"], **config.to_dict()}, indent=2))
+    described = {"architectures": ["GPTNeoXForCausalLM"], **config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(described, indent=2))
     save_tokenizer(tokenizer, folder, config.max_position_embeddings)
 
 
@@ -173,14 +176,10 @@ def pair_statistics(rows: list[dict]) -> dict[str, float]:
 
 
 def main(cfg: Config) -> None:
-    for name in ("posts", "pairs", "rankings", "validation", "test"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    check_ranges(cfg)
     out = Path(cfg.out_dir)
-    if out.is_dir() and any(out.iterdir()) and not cfg.overwrite:
-        raise UserError(f"--out_dir {out} is not empty; use another one, or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)  # written last: a directory without it is unfinished
+    check_data_dir(out, "toy", cfg.overwrite)
+    aside = data_aside(out)
 
     tokenizer, seen = train_tokenizer(), set()
     files = {
@@ -196,9 +195,9 @@ def main(cfg: Config) -> None:
         add_tokens(rows, tokenizer)
         for row in rows if file.startswith("pairs_") else []:
             row["split"] = file.removeprefix("pairs_")
-        write_parquet(out / f"{file}.parquet", rows)
-    write(out / "tokenizer.json", tokenizer.to_str(pretty=True))
-    write_base(out / "base", cfg.size, tokenizer)
+        write_parquet(aside / f"{file}.parquet", rows)
+    (aside / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+    write_base(aside / "base", cfg.size, tokenizer)
 
     result = {
         "world": "toy",
@@ -208,11 +207,12 @@ def main(cfg: Config) -> None:
         "prompt_tokens": max(len(row["query_token"]) for rows in data.values() for row in rows),
         "response_tokens": RESPONSE_TOKENS,
         "splits": {file: len(rows) for file, rows in data.items()},
-        "tokenizer": hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer": hashlib.sha256((aside / "tokenizer.json").read_bytes()).hexdigest(),
         **sft_statistics(data["sft_train"]),
         **pair_statistics(data["pairs_train"]),
     }
-    write(out / "meta.json", json.dumps(result, indent=2))
+    (aside / "meta.json").write_text(json.dumps(result, indent=2))
+    move_data_in(out)
 
     row = data["pairs_train"][0]
     print(f"{row['query']}\n\nchosen:  {row['chosen']}\nrejected:{row['rejected']}\nfacts:   {row['facts']}\n")

@@ -29,7 +29,8 @@ Judge = Callable[[list[Post], list[Summary], list[Summary]], list[float]]
 
 
 class ScoreJudge:
-    """The higher score wins, equal scores are a tie. `score(posts, summaries)` gives one number each."""
+    """The higher score wins, equal scores are a tie, nan is no verdict. `score(posts, summaries)` gives one
+    number each."""
 
     def __init__(self, score: Callable[[list[Post], list[Summary]], list[float]]):
         self.score = score
@@ -38,7 +39,7 @@ class ScoreJudge:
         self, posts: list[Post], summaries_a: list[Summary], summaries_b: list[Summary],
     ) -> list[float]:
         pairs = zip(self.score(posts, summaries_a), self.score(posts, summaries_b), strict=True)
-        return [0.5 if a == b else float(a > b) for a, b in pairs]
+        return [math.nan if math.isnan(a - b) else 0.5 if a == b else float(a > b) for a, b in pairs]
 
 
 def gold_judge(*, data_dir: str) -> ScoreJudge:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,7 +27,9 @@ from evaluation.llm_answers import AnswerCache, Budget, fill, parse_verdict, rea
 from rlhf.config import RunError, UserError
 
 KEY = "OPENAI_API_KEY"
+SECRET = re.compile(r"(key|token|secret|password|auth|sig)[^=&]*=", re.IGNORECASE)  # in a query: ?api_key=...
 TRIES = 8  # of one request, with waits of about 1, 2, 4, ... 60 seconds between them
+TRIES_TO_CONNECT = 3  # of the first connection: a server that is not running is told within seconds
 FIRST_WAIT = 1.0  # seconds; a server's Retry-After goes before
 LONGEST_WAIT = 60.0  # seconds
 # dollars per million tokens of prompts and of answers; they change: --judge_price_in, --judge_price_out
@@ -56,14 +59,17 @@ class LLMJudge:
         except ImportError as error:
             hint = "pip install -r requirements-judge.txt"
             raise UserError(f"--judge=llm needs the openai package: {hint}") from error
-        if judge_concurrency < 1 or judge_timeout <= 0 or judge_max_tokens < 1:
-            raise UserError("--judge_concurrency, --judge_timeout and --judge_max_tokens must be at least 1")
         self.openai = openai
         self.model = judge_model
         self.url = judge_url
         self.order = judge_order
         self.seed = seed
         url = urlsplit(judge_url)
+        if url.username or url.password or SECRET.search(url.query):
+            raise UserError("--judge_url holds a password or a key, and would be written to run.json: "
+                            f"put the key into the environment variable {KEY}")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"--judge_url={judge_url}: expected http://HOST:PORT/v1 or https://HOST/v1")
         local = url.hostname in ("localhost", "127.0.0.1", "::1")
         # what an answer is kept under: a local server may come back on another port
         self.place = url._replace(netloc=url.hostname).geturl() if local else judge_url
@@ -85,6 +91,7 @@ class LLMJudge:
         self.client = openai.OpenAI(  # without retries: `ask` does them
             api_key=self.key or "none", base_url=judge_url, timeout=judge_timeout, max_retries=0,
         )
+        self.connected = False  # once: then a server that is gone may come back
         self.not_before = 0.0  # no request of any thread starts before this time
         self.stop = threading.Event()
 
@@ -175,7 +182,8 @@ class LLMJudge:
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             jobs = [pool.submit(self.ask, *p) for p in plan]
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"judge {self.model}", leave=False):
+            done = as_completed(jobs)
+            for job in tqdm(done, total=len(jobs), desc=f"judge {self.model}", leave=False, disable=None):
                 job.result()
         finally:  # after an error or Ctrl-C: no new request; answers to those under way still reach the cache
             self.stop.set()
@@ -194,6 +202,7 @@ class LLMJudge:
             reserved = self.budget.take(tokens_in, tokens_out)
             try:
                 reply = self.client.chat.completions.with_raw_response.create(**body)
+                self.connected = True
                 record = read_reply(self.without_key(reply.http_response.text))
                 if any(record["tokens"]):  # else the server does not count: what was reserved is the estimate
                     self.budget.settle(reserved, *record["tokens"])
@@ -210,6 +219,11 @@ class LLMJudge:
             except (self.openai.APIError, ValueError) as error:
                 # its price stays reserved: the server may have answered and may bill it
                 problem = self.clean(error)
+                if type(error.__cause__).__name__ == "ConnectError":  # nothing was sent, nothing is billed
+                    self.budget.settle(reserved, 0, 0)
+                    problem = f"no connection to {self.url}: {error.__cause__}"
+                    if not self.connected and attempt + 1 >= TRIES_TO_CONNECT:
+                        raise RunError(f"judge {self.model}: {problem}. Is the server running?") from error
             asked_to_wait = time.time() < self.not_before
             pause = 0.0
             if not asked_to_wait and attempt < TRIES - 1:

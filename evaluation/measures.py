@@ -12,7 +12,7 @@ import torch
 
 from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
 from rlhf.common import frozen
-from rlhf.data import check_tokenizer
+from rlhf.data import check_tables, check_tokenizer
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -56,6 +56,7 @@ def summarise(
     model = frozen(from_pretrained(path, revision=cfg.revision, device=device, dtype=cfg.dtype))
     tokenizer = load_tokenizer(path, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, path)
+    check_tables(cfg.data_dir, [model], (f"sft_{cfg.split}", cfg.n, R))
     prompts = [post.query_token for post in posts]
 
     def sample(temperature: float, top_p: float, seed: int, name: str):

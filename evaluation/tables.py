@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-import os
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.statistics import paired_bootstrap
+from rlhf.files import write_file
 
 SHOWN = (
     "win_rate", "win_rate_low", "win_rate_high", "lc_win_rate", "gold", "scores", "kl", "entropy", "rougeL",
@@ -18,13 +19,7 @@ SHOWN = (
 
 
 def write(path: Path, content: str | pa.Table) -> None:
-    """To a temporary name, then renamed: a reader never sees half a file."""
-    aside = path.with_name(path.name + ".writing")
-    if isinstance(content, str):
-        aside.write_text(content)
-    else:
-        pq.write_table(content, aside)
-    os.replace(aside, path)
+    write_file(path, content if isinstance(content, str) else partial(pq.write_table, content))
 
 
 def write_sweep(out: Path, results: list[dict], rows: dict[str, list[dict]], judges: list[str]) -> list[dict]:

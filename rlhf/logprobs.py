@@ -108,9 +108,10 @@ def head_gradient(
 ) -> None:
     """Adds the onehot part to a chunk's gradient d_z (m, V) and carries it through the head, in place.
 
+    d_logprobs and targets are (m, J): the J tokens of a position whose log-prob is in the loss.
     d_hidden (m, C) is overwritten; to d_weight, held transposed (C, V), the chunk's part is added.
     """
-    d_z = d_z.scatter_add_(1, targets[:, None], d_logprobs[:, None]).to(weight.dtype)
+    d_z = d_z.scatter_add_(1, targets, d_logprobs).to(weight.dtype)
     if d_hidden is not None:
         d_hidden.copy_(linear(d_z, weight.T))
     if d_weight is not None:  # summed over chunks in float32
@@ -121,8 +122,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor | None,
-        ref_weight: Tensor | None, temperature: float, chunk: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ref_weight: Tensor | None, temperature: float, chunk: int | None, top_k: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         device = hidden.device
         ctx.dtype = autocast_dtype(device)
         with torch.autocast(device.type, enabled=False):
@@ -130,22 +131,27 @@ class TokenLogprobs(torch.autograd.Function):
             ref_w = None if ref_weight is None else ref_weight.to(ctx.dtype)
             empty = [torch.empty(len(hidden), device=device) for _ in range(5)]
             logprobs, entropy, normalizer, ref_logprobs, kl = empty  # (M,) each
+            top_logprobs = torch.empty(len(hidden), top_k, device=device)  # (M, top_k)
+            top = torch.empty(len(hidden), top_k, dtype=torch.long, device=device)  # (M, top_k)
             for s in chunks(len(hidden), len(weight), device, chunk):
                 z = chunk_logits(hidden[s], w, temperature)  # (m, V)
                 logprobs[s], entropy[s], normalizer[s] = kernels.target_stats(z, targets[s])
+                if top_k:
+                    values, top[s] = z.topk(top_k, 1)
+                    top_logprobs[s] = values - normalizer[s, None]
                 if ref_w is not None:
                     ref_z = chunk_logits(ref_hidden[s], ref_w, temperature)  # (m, V)
                     ref_logprobs[s], kl[s] = kernels.reference_stats(z, normalizer[s], ref_z, targets[s])
-        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
-        ctx.mark_non_differentiable(ref_logprobs, kl)
+        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy, top if top_k else None)
+        ctx.mark_non_differentiable(ref_logprobs, kl, top)
         ctx.set_materialize_grads(False)  # an entropy that no loss uses has the gradient None
         ctx.temperature = temperature
         ctx.chunk = chunk
-        return logprobs, entropy, ref_logprobs, kl
+        return logprobs, entropy, ref_logprobs, kl, top_logprobs, top
 
     @staticmethod
-    def backward(ctx, d_logprobs: Tensor | None, d_entropy: Tensor | None, *_):
-        hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
+    def backward(ctx, d_logprobs, d_entropy, d_ref_logprobs, d_kl, d_top, _):
+        hidden, weight, targets, normalizer, entropy, top = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         d_hidden = d_weight = None
         if ctx.needs_input_grad[0]:
@@ -154,6 +160,12 @@ class TokenLogprobs(torch.autograd.Function):
             d_weight = torch.zeros(weight.shape[::-1], device=weight.device)  # (C, V), as the matmul makes it
         if d_logprobs is None:
             d_logprobs = torch.zeros_like(normalizer)
+        targets = targets[:, None]  # (M, J): the tokens whose log-prob is in the loss
+        d_targets = d_logprobs[:, None]  # (M, J)
+        if d_top is not None:
+            targets = torch.cat([targets, top], 1)
+            d_targets = torch.cat([d_targets, d_top], 1)
+            d_logprobs = d_targets.sum(1)
         for s in chunks(len(hidden), len(weight), hidden.device, ctx.chunk):
             z = chunk_logits(hidden[s], w, ctx.temperature)  # (m, V)
             if d_entropy is not None:
@@ -162,12 +174,12 @@ class TokenLogprobs(torch.autograd.Function):
                 d_z = kernels.logprob_gradient(z, normalizer[s], d_logprobs[s])
             if ctx.temperature != 1:
                 d_z = d_z.div_(ctx.temperature)
-            d_onehot = d_logprobs[s] / ctx.temperature  # (m,)
+            d_onehot = d_targets[s] / ctx.temperature  # (m, J)
             d_rows = None if d_hidden is None else d_hidden[s]  # (m, C)
             head_gradient(d_z, d_onehot, targets[s], hidden[s], w, d_rows, d_weight)
         if d_weight is not None:
             d_weight = d_weight.T.to(weight.dtype)  # (V, C)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
 def token_logprobs(
@@ -178,7 +190,21 @@ def token_logprobs(
     hidden (M, C), head weight (V, C), both with a gradient; targets (M,).
     chunk: tokens at a time (default: by bytes).
     """
-    return TokenLogprobs.apply(hidden, weight, targets, None, None, temperature, chunk)[:2]
+    return TokenLogprobs.apply(hidden, weight, targets, None, None, temperature, chunk, 0)[:2]
+
+
+def top_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, top_k: int, temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_logprobs`, and from the same pass the most probable tokens of each position.
+
+    Returns logprobs (M,), entropy (M,), top_logprobs (M, top_k), best first, differentiable too, and which
+    tokens they are (M, top_k).
+    """
+    top_k = min(top_k, len(weight))
+    columns = TokenLogprobs.apply(hidden, weight, targets, None, None, temperature, chunk, top_k)
+    return *columns[:2], *columns[4:]
 
 
 def compare_logprobs(
@@ -192,7 +218,7 @@ def compare_logprobs(
     ref_hidden (M, C') and ref_weight (V, C'): the reference may have another width.
     """
     reference = ref_hidden.detach(), ref_weight.detach()
-    return TokenLogprobs.apply(hidden, weight, targets, *reference, temperature, chunk)
+    return TokenLogprobs.apply(hidden, weight, targets, *reference, temperature, chunk, 0)[:4]
 
 
 class HeadNLL(torch.autograd.Function):
@@ -217,7 +243,7 @@ class HeadNLL(torch.autograd.Function):
                 if with_gradient:
                     head_gradient(
                         kernels.logprob_gradient(z, normalizer, d_logprobs[s]),
-                        d_logprobs[s], targets[s], hidden[s], w, d_hidden[s], d_weight,
+                        d_logprobs[s, None], targets[s, None], hidden[s], w, d_hidden[s], d_weight,
                     )
         ctx.save_for_backward(d_hidden, d_weight)
         return loss

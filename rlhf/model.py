@@ -69,6 +69,8 @@ class NeoXConfig:
         if kind != "gpt_neox":
             raise UserError(f"model_type is {kind!r}: only 'gpt_neox' (Pythia, GPT-NeoX) is implemented")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"config.json: the rotary settings are {rope!r}, expected names with values")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"rope type {kind!r} is not implemented: only 'default' rotary embeddings are")
@@ -79,6 +81,16 @@ class NeoXConfig:
         required = [f.name for f in fields(NeoXConfig) if f.default is MISSING]
         if missing := [name for name in required if name not in known]:
             raise UserError(f"config.json lacks {', '.join(missing)}")
+        for field in fields(NeoXConfig):
+            value = known.get(field.name, field.default)
+            kinds = (int, float) if field.type is float else field.type
+            sensible = isinstance(value, kinds) and isinstance(value, bool) == (field.type is bool)
+            if field.type in (int, float):
+                most = 1000 if field.name == "num_hidden_layers" else 2**21  # a hang, or all memory
+                sensible = sensible and 0 <= value <= most and (field.type is float or value > 0)
+            if not sensible:
+                kind = field.type.__name__
+                raise UserError(f"config.json: {field.name} is {value!r}, which is no sensible {kind}")
         config = NeoXConfig(**known)
         if config.hidden_act not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)

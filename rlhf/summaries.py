@@ -5,16 +5,21 @@ and the gold reward where the caller has one. N-grams are of lower-case words; a
 rate 0.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.data import has_column, read_table
+from rlhf.files import write_file
 from rlhf.model import EOS
+from rlhf.pretrained import read_tokenizer
+from rlhf.run import finite
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 COUNTED = (*ROUGE, "repetition_3", "novelty_2")  # columns of `text_rows`
@@ -41,12 +46,28 @@ class Summary:
 # --- from tables and samples
 
 
-def read_posts(data_dir: str, table: str, columns: list[str], limit: int = 0) -> tuple[list[Post], dict[str, list]]:
-    """The posts of a prepared table, and the named further columns."""
-    hidden = ["facts"] if has_column(data_dir, table, "facts") else []
-    rows = read_table(data_dir, table, ["id", "query", "query_token", *hidden, *columns], limit)
-    facts = rows["facts"] if hidden else [None] * len(rows["id"])
-    return [Post(*row) for row in zip(rows["id"], rows["query"], rows["query_token"], facts)], rows
+TEXTS = ("query", "reference_response", "chosen", "rejected")  # each stands beside its <name>_token
+
+
+def read_column(data_dir: str, table: str, column: str, limit: int = 0) -> list:
+    """A column of a prepared table. Texts may be missing: they are decoded from their tokens."""
+    if column not in TEXTS or has_column(data_dir, table, column):
+        return read_table(data_dir, table, [column], limit)[column]
+    tokens = read_table(data_dir, table, [f"{column}_token"], limit)[f"{column}_token"]
+    return texts_of(read_tokenizer(Path(data_dir) / "tokenizer.json"), [tokens])
+
+
+def read_posts(
+    data_dir: str, table: str, columns: list[str], limit: int = 0,
+) -> tuple[list[Post], dict[str, list]]:
+    """The posts of a prepared table, and the named further columns. Rows without an id have their number."""
+    there = [c for c in ("id", "facts") if has_column(data_dir, table, c)]
+    names = ["query", "query_token", *there, *columns]
+    rows = {name: read_column(data_dir, table, name, limit) for name in names}
+    n = len(rows["query"])
+    ids = rows.get("id", [str(i) for i in range(n)])
+    facts = rows.get("facts", [None] * n)
+    return [Post(*row) for row in zip(ids, rows["query"], rows["query_token"], facts)], rows
 
 
 def human_summaries(texts: list[str], tokens: list[list[int]]) -> list[Summary]:
@@ -63,6 +84,27 @@ def sampled_summaries(tokenizer: Tokenizer, responses: list[list[list[int]]], en
     tokens = [ids for group in responses for ids in group]
     texts = texts_of(tokenizer, responses)
     return [Summary(*row) for row in zip(texts, tokens, ended.flatten().tolist(), strict=True)]
+
+
+SAMPLES = 3  # prompts of a batch that `log_samples` shows
+
+
+def log_samples(
+    file: Path, step: int, tokenizer: Tokenizer, prompts: list[list[int]], responses: list[list[list[int]]],
+    batch: dict[str, Tensor],
+) -> None:
+    """Adds the first prompts of a scored rollout to a jsonl file, each response with score, reward and ended.
+    Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    texts = texts_of(tokenizer, responses[:SAMPLES])
+    K = len(responses[0])
+    for n, prompt in enumerate(tokenizer.decode_batch(prompts[:SAMPLES])):
+        columns = [batch[name][n].tolist() for name in ("scores", "rewards", "ended")]
+        rows = zip(texts[n * K : (n + 1) * K], *columns, strict=True)
+        shown = [finite(dict(zip(("text", "score", "reward", "ended"), row))) for row in rows]
+        kept.append(json.dumps({"step": step, "prompt": prompt, "responses": shown}))
+    write_file(file, "".join(line + "\n" for line in kept))
 
 
 def gold_scores(gold: Gold, posts: list[Post], summaries: list[Summary]) -> list[float]:
@@ -168,16 +210,21 @@ def summary_means(
 
 
 def summary_metrics(
-    data_dir: str, table: str, tokenizer: Tokenizer, samples: list[list[list[int]]], ended: Tensor, gold: Gold | None,
+    data_dir: str, table: str, tokenizer: Tokenizer, samples: list[list[list[int]]], ended: Tensor,
+    gold: Gold | None,
 ) -> dict[str, float | None]:
-    """The few numbers a training script ends with, of one greedy summary for each first row of an sft table."""
-    posts, rows = read_posts(data_dir, table, ["reference_response", "reference_response_token"], len(samples))
-    references = human_summaries(rows["reference_response"], rows["reference_response_token"])
+    """The few numbers a training script ends with, of one greedy summary for each first row of an sft table;
+    ROUGE where the table has references."""
+    posts, _ = read_posts(data_dir, table, [], len(samples))
     summaries = sampled_summaries(tokenizer, samples, ended)
-    measured = summary_rows(posts, references, summaries, gold)
     metrics = {
         "greedy/tokens": mean([len(s.tokens) for s in summaries]),
         "greedy/eos_share": mean([float(s.ended) for s in summaries]),
     }
-    known = [column for column in ("rougeL", "gold") if column in measured[0]]
-    return metrics | {f"greedy/{column}": mean([row[column] for row in measured]) for column in known}
+    if has_column(data_dir, table, "reference_response_token"):
+        references = read_column(data_dir, table, "reference_response", len(samples))
+        if rouge := rouge_rows(references, [s.text for s in summaries]):
+            metrics["greedy/rougeL"] = mean([row["rougeL"] for row in rouge])
+    if gold:
+        metrics["greedy/gold"] = mean(gold_scores(gold, posts, summaries))
+    return metrics

@@ -1,33 +1,41 @@
-"""Best-of-n: the reference curve of over-optimisation. Of n samples of the SFT model keep the one the reward model likes best; what is the truth of it?
+"""Best-of-n: the reference curve of over-optimisation. Of n samples of the SFT model keep the one that the
+reward model likes best; what is its true reward?
 
-    KL(best of n || SFT) = log n - (n - 1)/n   nats per sequence (Stiennon et al. 2020, appendix G.3; an upper bound that is tight for continuous scores)
-    E[best of n]         = sum_i C(i-1, n-1)/C(M, n) x_(i),   x_(1..M) a prompt's M samples by rising score: unbiased for every n <= M (Nakano et al. 2021)
+    KL(best of n || SFT) = log n - (n - 1)/n        nats per sequence; an upper bound that is tight for
+                                                    continuous scores (arXiv 2009.01325, appendix G.3)
+    E[best of n] = sum_i C(i-1, n-1)/C(M, n) x_(i)  x_(1..M): a prompt's M samples by rising score; unbiased
+                                                    for every n <= M (arXiv 2112.09332)
 
-Writes metrics.jsonl, one line per n = 1, 2, 4, ... M: kl, scores (proxy) and, in the toy world, gold. plot.py draws it over x=kl beside the runs of RLOO.
-
-    CPU, toy world:  python best_of_n.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm --out_dir=out/toy/best_of_n
-    GPU, Pythia 1B:  python best_of_n.py --data_dir=out/tldr --model=out/1b/sft --reward_model=out/1b/rm --out_dir=out/1b/best_of_n
+Writes metrics.jsonl, one line per n = 1, 2, 4, ... M: kl, scores (proxy) and, in the toy world, gold.
+study.plot draws it over x=kl beside the runs of RLOO.
+    CPU, toy world:  python -m study.best_of_n --data_dir=out/toy/data --model=out/toy/sft
+                         --reward_model=out/toy/rm --out_dir=out/toy/best_of_n
+    GPU, Pythia 1B:  python -m study.best_of_n --data_dir=out/tldr --model=out/1b/sft
+                         --reward_model=out/1b/rm --out_dir=out/1b/best_of_n
 """
 
 import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlhf.common import autocast, frozen, setup
-from rlhf.run import Run
-from rlhf.config import UserError, command_line
-from rlhf.data import check_tokenizer, read_meta
+from data.gold import gold
+from evaluation.judges import make_judge
+from evaluation.tables import write
+from rlhf.common import frozen, setup
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import check_tables, check_tokenizer, read_meta
 from rlhf.generate import generate_all
-from evaluation.judges import Summary, gold_judge, make_judge, read_posts
-from rlhf.model import EOS
+from rlhf.out_dir import check_out_dir, exists, forget_replaced, open_directory
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.rewards import missing_eos
-from evaluation.tables import write
+from rlhf.summaries import Post, gold_scores, read_posts, sampled_summaries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,60 +57,100 @@ class Config:
     missing_eos_penalty: float = 1.0  # a sample without EOS has minus this as its score, as in train_rloo.py
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"  # float32 or bfloat16 of matrix products; auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA,
+                         # float32 on CPU
     micro_batch_tokens: int = 8192  # tokens in one forward; changes memory and speed, not the result
     rollout_prompts: int = 16  # prompts in one generation call
 
 
-def best_of_n_weights(M: int, n: int) -> Tensor:
-    """(M,) float64: the chance that the i-th lowest of M is the highest of n drawn without replacement, C(i-1, n-1)/C(M, n). Sums to 1."""
+# --- the estimator
+
+
+def log_choose(n: Tensor, k: int) -> Tensor:
+    return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def chance_to_win(M: int, n: int) -> Tensor:
+    """(M,) float64: the chance that the i-th lowest of M is the highest of n drawn without replacement,
+    C(i-1, n-1)/C(M, n). Sums to 1."""
     rank = torch.arange(1, M + 1, dtype=torch.float64)  # (M,)
-    log_choose = lambda a, b: torch.lgamma(a + 1) - math.lgamma(b + 1) - torch.lgamma(a - b + 1)  # noqa: E731
-    weights = (log_choose((rank - 1).clamp(min=n - 1), n - 1) - log_choose(torch.tensor(float(M), dtype=torch.float64), n)).exp()
-    return torch.where(rank >= n, weights, 0.0)
+    below = (rank - 1).clamp(min=n - 1)
+    chance = (log_choose(below, n - 1) - log_choose(rank[-1], n)).exp()
+    return torch.where(rank >= n, chance, 0.0)
 
 
-def best_of_n(scores: Tensor, values: Tensor, n: int) -> float:
+def expected_best(scores: Tensor, values: Tensor, n: int) -> float:
     """Mean over prompts of E[value of the sample with the best score among n]; scores, values (N, M)."""
     order = scores.argsort(dim=1)
-    return (values.gather(1, order).double() @ best_of_n_weights(scores.shape[1], n)).mean().item()
+    ranked = values.gather(1, order).double()
+    return (ranked @ chance_to_win(scores.shape[1], n)).mean().item()
+
+
+def numbers_of_samples(M: int) -> list[int]:
+    """1, 2, 4, ... and M."""
+    return sorted({2**i for i in range(M.bit_length())} | {M})
+
+
+def best_of_n_table(values: dict[str, Tensor]) -> list[dict]:
+    """One line per n: its KL and the expected value of each column (N, M) for the best by `scores`."""
+    lines = []
+    for n in numbers_of_samples(values["scores"].shape[1]):
+        expected = {name: expected_best(values["scores"], column, n) for name, column in values.items()}
+        lines.append({"step": n, "n": n, "kl": math.log(n) - (n - 1) / n, **expected})
+    return lines
+
+
+# --- the samples
+
+
+def check(cfg: Config) -> None:
+    check_ranges(cfg)
+    if cfg.temperature == 0:
+        raise UserError("--temperature=0: n greedy samples are one and the same; take one above 0")
+    if check_out_dir(cfg, cfg.model, cfg.reward_model, cfg.data_dir) and not cfg.overwrite:
+        raise UserError(exists(Path(cfg.out_dir), resumable=False))
+
+
+def sampled_values(cfg: Config, posts: list[Post], device: torch.device) -> dict[str, Tensor]:
+    """Scores and, where it is known, the gold reward of M samples for each post, (N, M) each."""
+    R = read_meta(cfg.data_dir)["response_tokens"]
+    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
+    model = frozen(load(cfg.model))
+    tokenizer = load_tokenizer(cfg.model, cfg.revision)
+    check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
+    check_tables(cfg.data_dir, [model], (f"sft_{cfg.split}", cfg.rows, R))
+    proxy = make_judge("rm", **{**vars(cfg), "device": device})
+    true_reward = gold(cfg.data_dir)
+
+    samples, ended = generate_all(
+        model, [post.query_token for post in posts], cfg.samples, R, batch=cfg.rollout_prompts,
+        temperature=cfg.temperature, top_p=cfg.top_p, generator=torch.Generator(device).manual_seed(cfg.seed),
+        progress="samples",
+    )
+    shape = ended.shape  # (N, M)
+    summaries = sampled_summaries(tokenizer, samples, ended)
+    asked = [post for post in posts for _ in range(cfg.samples)]
+    scores = torch.tensor(proxy.score(asked, summaries)).view(shape)
+    values = {"scores": missing_eos(scores, ended, rule="replace", penalty=cfg.missing_eos_penalty)}
+    if true_reward:
+        values["gold"] = torch.tensor(gold_scores(true_reward, asked, summaries)).view(shape)
+    return values
 
 
 def main(cfg: Config) -> dict:
-    began, out = time.time(), Path(cfg.out_dir)
+    began = time.time()
     device = setup(cfg.seed, cfg.device)
-    if cfg.samples < 1 or cfg.temperature <= 0:
-        raise UserError(f"--samples={cfg.samples} must be at least 1, --temperature={cfg.temperature} above 0")
-    if out.exists() and any(out.iterdir()) and not cfg.overwrite:
-        raise UserError(f"{out} is not empty: replace it with --overwrite, or choose another --out_dir")
-    R = read_meta(cfg.data_dir)["response_tokens"]
+    check(cfg)
     posts, _ = read_posts(cfg.data_dir, f"sft_{cfg.split}", [], cfg.rows)
-    model = frozen(from_pretrained(cfg.model, revision=cfg.revision, device=device), device, cfg.dtype)
-    tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
-    scorer = make_judge("rm", **{**vars(cfg), "device": device})
-
-    with autocast(device, cfg.dtype):
-        samples, ended = generate_all(model, [post.query_token for post in posts], cfg.samples, R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
-                                      top_p=cfg.top_p, generator=torch.Generator(device).manual_seed(cfg.seed), progress="samples")
-    tokens = [y for group in samples for y in group]  # N M of them
-    texts = tokenizer.decode_batch([[t for t in y if t != EOS] for y in tokens])
-    summaries, asked = [Summary(*row) for row in zip(texts, tokens, ended.flatten().tolist())], [post for post in posts for _ in range(cfg.samples)]
-    scores = torch.tensor(scorer.score(asked, summaries)).view(len(posts), cfg.samples)  # (N, M)
-    scores = missing_eos(scores, ended, rule="replace", penalty=cfg.missing_eos_penalty)
-    values = {"scores": scores}
-    if posts[0].facts is not None:
-        values["gold"] = torch.tensor(gold_judge().score(asked, summaries)).view(len(posts), cfg.samples)
-
-    lines = []
-    for n in sorted({2**i for i in range(cfg.samples.bit_length())} | {cfg.samples}):
-        lines.append({"step": n, "n": n, "kl": math.log(n) - (n - 1) / n, **{name: best_of_n(scores, v, n) for name, v in values.items()}})
-        print("  ".join(f"{key} {value:.4g}" for key, value in lines[-1].items() if key != "step"))
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "run.json", json.dumps(Run.describe(cfg), indent=2) + "\n")
+    lines = best_of_n_table(sampled_values(cfg, posts, device))
+    for line in lines:
+        print("  ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step"))
+    out = open_directory(cfg, may_change=set())
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    result = {"posts": len(posts), **lines[-1], "out_dir": str(out), "seconds": round(time.time() - began, 1)}
+    seconds = round(time.time() - began, 1)
+    result = {"posts": len(posts), **lines[-1], "out_dir": str(out), "seconds": seconds}
     write(out / "result.json", json.dumps(result) + "\n")
+    forget_replaced(out)
     print(json.dumps(result))
     return result
 

@@ -1,11 +1,15 @@
-"""Curves of one or several runs, side by side, as a PNG; or a figure of the paper, from a whole study.
+r"""Curves of one or several runs, side by side, as a PNG; or a figure of the paper, from a whole study.
 
-    python plot.py --runs='KL=out/demo/rloo_kl,MaxEnt=out/demo/rloo_maxent' --metrics=scores,gold,kl,entropy --out=out/demo/rloo.png
-    python plot.py --figure=3 --runs='small=out/study/small,medium=out/study/medium,large=out/study/large' --out=docs/figures/figure_3.png
+    python -m study.plot --runs='KL=out/demo/rloo_kl,MaxEnt=out/demo/rloo_maxent' --out=out/demo/rloo.png \\
+        --metrics=scores,gold,kl,entropy
+    python -m study.plot --figure=3 --out=docs/figures/figure_3.png \\
+        --runs='small=out/study/small,medium=out/study/medium,large=out/study/large'
 
-A run is a directory with metrics.jsonl. An item of --runs is [label=]pattern; a pattern that matches several runs (seeds: 'KL=out/study/kl_s*')
-is drawn as their mean with a band from the lowest to the highest. With --figure (figures.py) an item is [label=]folder, the folder of all runs of one
-model size, in the paper's order 1B, 2.8B, 6.9B; the runs are found by their settings. Needs matplotlib (requirements-dev.txt).
+A run is a directory with metrics.jsonl. An item of --runs is [label=]pattern; a pattern that matches
+several runs (seeds: 'KL=out/study/kl_s*') is drawn as their mean with a band from the lowest to the
+highest. With --figure (figures.py) an item is [label=]folder, the folder of all runs of one model size, in
+the paper's order 1B, 2.8B, 6.9B; the runs are found by their settings. Needs matplotlib
+(requirements-dev.txt).
 """
 
 import glob
@@ -17,16 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from study.figures import FIGURES
 from rlhf.config import UserError, command_line
-from study.panels import LOOKS, canvas, draw, legend, pyplot
+from study.figures import FIGURES
 from study.logs import find_runs, read_columns
+from study.panels import LOOKS, canvas, draw, legend, pyplot
 
 TITLES = {  # what an axis says; a metric that is not here goes by its own name
     "scores": "reward model's score (proxy)",
     "gold": "gold reward (truth)",
     "rlhf_reward": "RLHF reward",
-    "entropy_bonus": "entropy bonus",
     "kl": "KL(π‖π_ref), nats per sequence",
     "kl_full": "KL(π‖π_ref), full, nats per sequence",
     "entropy": "entropy, nats per token",
@@ -45,9 +48,10 @@ TITLES = {  # what an axis says; a metric that is not here goes by its own name
 @dataclass(frozen=True, kw_only=True)
 class Config:
     # I/O
-    runs: str  # runs joined by ',': [label=]directory or pattern, several matches of one pattern are seeds; with --figure [label=]folder of runs
+    runs: str  # runs joined by ',': [label=]directory or pattern, several matches of one pattern are seeds;
+               # with --figure [label=]folder of runs
     metrics: str = "scores,gold,kl,entropy"  # columns of metrics.jsonl joined by ',': one panel each
-    figure: str = ""  # instead of --metrics: 1 to 12 of the paper, gold_kl, proxy_gold, best_of_n or reward_gold
+    figure: str = ""  # instead of --metrics: 1 to 12, gold_kl, proxy_gold, best_of_n or reward_gold
     out: str = "curves.png"  # the picture
     # looks
     x: str = "step"  # column on the horizontal axis
@@ -57,27 +61,29 @@ class Config:
     caption: str = ""  # a line below everything
 
 
-def read_runs(items: str) -> dict[str, list[dict[str, np.ndarray]]]:
-    """{label: the runs (seeds) that its pattern matches}."""
+def read_curves(items: str) -> dict[str, list[dict[str, np.ndarray]]]:
+    """{label: the columns of the runs (seeds) that its pattern matches}."""
     out = {}
     for item in items.split(","):
         label, _, pattern = item.rpartition("=")
-        found = sorted(p for p in glob.glob(pattern) if (Path(p) / "metrics.jsonl").exists())
+        found = sorted(path for path in map(Path, glob.glob(pattern)) if (path / "metrics.jsonl").exists())
         if not found:
             raise UserError(f"--runs: {pattern} matches no run (a directory with metrics.jsonl)")
-        out[label or Path(pattern).name] = [read_columns(Path(p) / "metrics.jsonl") for p in found]
+        out[label or Path(pattern).name] = [read_columns(path / "metrics.jsonl") for path in found]
     return out
 
 
-def curves(cfg: Config, runs: dict[str, list[dict[str, np.ndarray]]]):
+def curves(cfg: Config, lines: dict[str, list[dict[str, np.ndarray]]]):
     """One panel per metric."""
     metrics = cfg.metrics.split(",")
-    known = {key for seeds in runs.values() for seed in seeds for key in seed}
-    if missing := [m for m in metrics if m not in known]:
-        raise UserError(f"--metrics: none of the runs has {', '.join(missing)}; they have: {', '.join(sorted(known))}")
+    known = {key for seeds in lines.values() for seed in seeds for key in seed}
+    missing = [metric for metric in metrics if metric not in known]
+    if missing:
+        raise UserError(f"--metrics: none of the runs has {', '.join(missing)}; "
+                        f"they have: {', '.join(sorted(known))}")
     figure, axes = canvas(len(metrics), cfg.columns)
     for axis, metric in zip(axes, metrics):
-        draw(axis, runs, metric, cfg.x, cfg.smooth or 1)
+        draw(axis, lines, metric, cfg.x, cfg.smooth or 1)
         axis.set_title(TITLES.get(metric, metric), fontsize=11)
         axis.set_xlabel(cfg.x)
     legend(figure, axes)
@@ -86,22 +92,33 @@ def curves(cfg: Config, runs: dict[str, list[dict[str, np.ndarray]]]):
 
 def paper_figure(cfg: Config, folders: dict[str, list]):
     """One of FIGURES."""
+    options = {} if cfg.smooth is None else {"smooth": cfg.smooth}
     with pyplot().rc_context(LOOKS):
         try:
-            return FIGURES[cfg.figure](folders, **({} if cfg.smooth is None else {"smooth": cfg.smooth}))
+            return FIGURES[cfg.figure](folders, **options)
         except UserError as error:
             raise UserError(f"--figure={cfg.figure}: {error}") from error
 
 
+def write_caption(figure, caption: str) -> None:
+    """Below the legend."""
+    figure.draw_without_rendering()
+    text = "\n".join(textwrap.wrap(caption, int(11 * figure.get_figwidth())))
+    y = figure.get_tightbbox().y0 / figure.get_figheight() - 0.02
+    figure.text(0.5, y, text, ha="center", va="top", fontsize=11, color="#555555")
+
+
 def save(figure, path: str) -> None:
-    """A PNG of 128 colours (a third of the bytes) or whatever the name ends with; without the version of matplotlib: the same data give the same bytes."""
+    """A PNG of 128 colours (a third of the bytes) or whatever the name ends with; without the version of
+    matplotlib: the same data give the same bytes."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     looks = {"dpi": 110, "bbox_inches": "tight"}
     if Path(path).suffix != ".png":
         figure.savefig(path, **looks)
         return
     from PIL import Image  # comes with matplotlib
-    figure.savefig(picture := io.BytesIO(), format="png", metadata={"Software": None}, **looks)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None}, **looks)
     Image.open(picture).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
@@ -110,19 +127,17 @@ def main(cfg: Config) -> None:
         if cfg.figure not in FIGURES:
             raise UserError(f"--figure={cfg.figure}: known are {', '.join(FIGURES)}")
         items = [item.rpartition("=") for item in cfg.runs.split(",")]
-        runs = {label or Path(folder).name: find_runs(folder) for label, _, folder in items}
-        figure = paper_figure(cfg, runs)
+        found = {label or Path(folder).name: find_runs(folder) for label, _, folder in items}
+        figure = paper_figure(cfg, found)
     else:
-        runs = read_runs(cfg.runs)
-        figure = curves(cfg, runs)
+        found = read_curves(cfg.runs)
+        figure = curves(cfg, found)
     if cfg.title:
         figure.suptitle(cfg.title)
-    if cfg.caption:  # below the legend
-        figure.draw_without_rendering()
-        text = "\n".join(textwrap.wrap(cfg.caption, int(11 * figure.get_figwidth())))
-        figure.text(0.5, figure.get_tightbbox().y0 / figure.get_figheight() - 0.02, text, ha="center", va="top", fontsize=11, color="#555555")
+    if cfg.caption:
+        write_caption(figure, cfg.caption)
     save(figure, cfg.out)
-    print(json.dumps({"out": cfg.out, "runs": {label: len(found) for label, found in runs.items()}}))
+    print(json.dumps({"out": cfg.out, "runs": {label: len(runs) for label, runs in found.items()}}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The arms of the study and how they stand: what claims.py judges and results.py writes down.
+"""How an arm stands: what is computed of a run's log and of an arm's seeds, and the words for it.
 
-An ARM is one setting; its runs differ in the seed, and seed s has its own reward model, prompts and samples. `t_interval` is the 95 % interval of Student's
-t over the seeds; two arms are compared seed by seed.
+`t_interval` is the 95 % interval of Student's t over the seeds; seed s of every arm has the same reward
+model and prompts, so two arms are compared seed by seed. Which runs are an arm: arms.py.
 """
 
 import math
@@ -9,15 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from study.arms import by_rate, constrained, need, rate
-from rlhf.config import UserError
-from study.logs import RunLog, select
 from evaluation.statistics import t_interval
+from study.arms import Study
+from study.logs import RunLog
 
-SIZES = {"small": "1B", "medium": "2.8B", "large": "6.9B"}  # what each stands for
-HIGH, TENTH, TWENTIETH = 3e-4, 3e-5, 1.5e-5  # learning rates of RLOO: for the paper's 1e-6, 1e-7, 5e-8
-OFFLINE_HIGH, OFFLINE_LOW = 3e-4, 6e-5  # of SimPO and DPO: for the paper's 1e-6, 2e-7
 WINDOW = 8  # updates in a mean of the log: 512 summaries
+Interval = tuple[float, float, float]  # mean, low, high
 
 
 # --- one run
@@ -40,32 +37,12 @@ def change(run: RunLog, metric: str) -> float:
     return last(run, metric) - first(run, metric)
 
 
-# --- arms
-
-
-@dataclass(frozen=True)
-class Study:
-    folders: dict[str, list[RunLog]]  # {size: its runs}
-
-    def ablation(self, size: str, coef: float, lr: float, clip: float = 0.2, fill: float | None = None) -> list[RunLog]:
-        """A MaxEnt arm (eq. 7) at a clip range, with or without filled padding."""
-        return self.arm(size, "train_rloo", reward="maxent_length", entropy_coef=coef, lr=lr, clip=clip, invalid_logprob_fill=fill)
-
-    def offline(self, loss: str, lr: float, **settings) -> list[RunLog]:
-        return self.arm("small", "train_simpo", loss=loss, lr=lr, **settings)
-
-    def arm(self, size: str, script: str, **settings) -> list[RunLog]:
-        runs = sorted(select(self.folders[size], script, **settings), key=lambda run: run.config["seed"])
-        if not runs:
-            raise UserError(f"the study has no run of {script} with {settings} in {size}: finish it with runs/study.sh")
-        return runs
-
-    def sft(self, size: str) -> dict:
-        return self.arm(size, "train_sft")[0].evaluation
+# --- the seeds of an arm
 
 
 def golds(arm: list[RunLog]) -> np.ndarray:
-    """Gold reward of the final model per seed: 500 validation posts, sampled at the training temperature."""
+    """Gold reward of the final model per seed: 500 validation posts, sampled at the training
+    temperature."""
     return np.array([run.evaluation["gold"] for run in arm])
 
 
@@ -73,18 +50,38 @@ def win_rates(arm: list[RunLog]) -> np.ndarray:
     return np.array([run.win_rate for run in arm])
 
 
+def mean_win_rate(arm: list[RunLog]) -> float | None:
+    """Over the seeds whose win rate is known."""
+    known = [run.win_rate for run in arm if run.win_rate is not None]
+    return sum(known) / len(known) if known else None
+
+
+def mean_change(arm: list[RunLog], metric: str) -> float:
+    return np.mean([change(run, metric) for run in arm])
+
+
+def mean_last(arm: list[RunLog], metric: str) -> float:
+    return np.mean([last(run, metric) for run in arm])
+
+
 def drops(arm: list[RunLog]) -> np.ndarray:
-    """How far the gold reward of the samples fell from its peak to the end, per seed. The peak is where the mean of the OTHER seeds is highest, so that the
-    highest of many noisy numbers is not taken for a peak."""
+    """How far the gold reward of the samples fell from its peak to the end, per seed.
+
+    The peak is where the mean of the OTHER seeds is highest, so that the highest of many noisy numbers is
+    not taken for a peak.
+    """
     curves = np.stack([smoothed(run.metrics["gold"]) for run in arm])  # (seeds, n)
-    peaks = [np.delete(curves, s, axis=0).mean(0).argmax() if len(arm) > 1 else curves[s].argmax() for s in range(len(arm))]
-    return np.array([curve[peak] - curve[-1] for curve, peak in zip(curves, peaks)])
+    found = []
+    for s, curve in enumerate(curves):
+        others = np.delete(curves, s, axis=0).mean(0) if len(arm) > 1 else curve  # (n,)
+        found.append(curve[others.argmax()] - curve[-1])
+    return np.array(found)
 
 
 @dataclass(frozen=True)
 class Standing:
-    gain: tuple[float, float, float]  # gold reward above the SFT model's: mean, interval
-    drop: tuple[float, float, float]  # fall of gold from its peak, same; nan for the offline methods
+    gain: Interval  # gold reward above the SFT model's
+    drop: Interval  # fall of gold from its peak; nan for the offline methods
 
     @property
     def fell(self) -> bool:
@@ -92,7 +89,10 @@ class Standing:
 
     @property
     def over(self) -> bool | None:
-        """Over-optimised: the gold reward ended below the SFT model's, or fell from its peak. False only if it ended above and no fall was seen."""
+        """Over-optimised: the gold reward ended below the SFT model's, or fell from its peak.
+
+        False only if it ended above and no fall was seen.
+        """
         if self.gain[2] < 0 or self.fell:
             return True
         return False if self.gain[1] > 0 else None
@@ -108,23 +108,16 @@ def standing(study: Study, size: str, arm: list[RunLog]) -> Standing:
     return Standing(t_interval(golds(arm) - study.sft(size)["gold"]), drop)
 
 
-def rates(study: Study, size: str) -> dict[float, dict[float, list[RunLog]]]:
-    """{learning rate, from high to low: {entropy coefficient: arm}}, MaxEnt (eq. 7)."""
-    return by_rate(study.folders[size])
+def standings(study: Study, size: str, arms: dict[float, list[RunLog]]) -> list[Standing]:
+    return [standing(study, size, arm) for arm in arms.values()]
 
 
-def maxent(study: Study, size: str, lr: float) -> dict[float, list[RunLog]]:
-    """The MaxEnt arms of a learning rate, by coefficient."""
-    return need(rates(study, size).get(lr), size, f"train_rloo with reward=maxent_length, lr={rate(lr)}")
+def some_better(found: list[Standing]) -> bool:
+    return any(s.over is False for s in found)
 
 
-def minent(study: Study, size: str) -> dict[float, list[RunLog]]:
-    return need(by_rate(study.folders[size], "minent_length").get(HIGH), size, f"train_rloo with reward=minent_length, lr={rate(HIGH)}")
-
-
-def kl_arms(study: Study, size: str) -> dict[float, list[RunLog]]:
-    """The KL-constrained arms, by coefficient; all at the high learning rate."""
-    return need(constrained(study.folders[size]), size, "train_rloo with reward=kl")
+def every_over(found: list[Standing]) -> bool:
+    return all(s.over is True for s in found)
 
 
 def best(arms: dict[float, list[RunLog]]) -> float:
@@ -135,20 +128,35 @@ def best(arms: dict[float, list[RunLog]]) -> float:
 # --- words
 
 
-def pm(interval: tuple[float, float, float], digits: int = 2) -> str:
+def mark(won: float | None, sft: float | None) -> str:
+    """✓ above the SFT model's win rate, × below it, = the same or unknown."""
+    if won is None or sft is None or won == sft:
+        return "="
+    return "✓" if won > sft else "×"
+
+
+def pm(interval: Interval, digits: int = 2) -> str:
     mean, _, high = interval
     return f"{mean:+.{digits}f} ± {high - mean:.{digits}f}"
 
 
-def percent(values: np.ndarray) -> str:
-    return f"{100 * values.mean():.0f} %"
+def points(interval: Interval) -> str:
+    """Of a difference of two shares: in percentage points."""
+    return pm(tuple(100 * x for x in interval), 1)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def arms_text(study: Study, size: str, arms: dict[float, list[RunLog]], symbol: str) -> str:
-    """`α = 0.1: gold +0.10 ± 0.02, fall +0.01 ± 0.02, win rate 40 % (better than SFT, no fall seen)` for each arm."""
+    """`α = 0.1: gold +0.10 ± 0.02, fall +0.01 ± 0.02, win rate 40 % (better than SFT, no fall seen)` for
+    each arm."""
     parts = []
     for coef, arm in arms.items():
         s = standing(study, size, arm)
-        fall = f", fall {pm(s.drop)}" if not math.isnan(s.drop[0]) else ""
-        parts.append(f"{symbol} = {coef:g}: gold {pm(s.gain)}{fall}, win rate {percent(win_rates(arm))} ({s})")
-    return f"{size} (SFT gold {study.sft(size)['gold']:.2f}, win rate {study.sft(size)['win_rate'] * 100:.0f} %): " + "; ".join(parts)
+        fall = "" if math.isnan(s.drop[0]) else f", fall {pm(s.drop)}"
+        won = percent(win_rates(arm).mean())
+        parts.append(f"{symbol} = {coef:g}: gold {pm(s.gain)}{fall}, win rate {won} ({s})")
+    sft = study.sft(size)
+    return f"{size} (SFT gold {sft['gold']:.2f}, win rate {percent(sft['win_rate'])}): " + "; ".join(parts)

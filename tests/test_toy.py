@@ -412,7 +412,7 @@ def test_meta(world, tables):
 def test_a_full_directory_is_refused(world, tmp_path, capsys):
     with pytest.raises(UserError, match="not empty.*--overwrite"):
         toy.main(toy.Config(out_dir=str(world), **SMALL))
-    with pytest.raises(UserError, match="--pairs must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--pairs=0 must be at least 1"):
         toy.main(toy.Config(out_dir=str(tmp_path / "none"), **SMALL | {"pairs": 0}))
     assert not (tmp_path / "none").exists()
 
