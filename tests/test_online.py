@@ -85,8 +85,8 @@ def game(beta, opponent):
 
 
 def test_online_ipo_climbs_the_game_against_itself():
-    """-(4 / tau) x the gradient of E[P(y > y')] - tau KL, y' from a frozen copy of the policy. With the higher
-    score winning for sure it is another game; with a winner drawn by P it is the same one."""
+    """-(4 / tau) x the gradient of E[P(y > y')] - tau KL, y' from a frozen copy of the policy. With the
+    higher score winning for sure it is another game; with a winner drawn by P it is the same one."""
     options = {"beta": TAU}
     exact = -4 / TAU * game(TAU, POLICY)
     found = expected(ipo, options, "soft", POLICY, POLICY)
@@ -232,9 +232,9 @@ def test_soft_labels_of_ipo():
 
 @pytest.mark.parametrize("loss, theirs", [("dpo", "sigmoid"), ("ipo", "ipo")])
 def test_online_dpo_of_trl_has_the_same_loss_and_gradient(loss, theirs):
-    """TRL 1.16, experimental OnlineDPOTrainer.training_step on given samples, log-probs and rewards. It learns
-    from ties, the first response being chosen; here they are dropped, so this batch has none. (XPO and Nash-MD
-    are no longer part of TRL.)"""
+    """TRL 1.16, experimental OnlineDPOTrainer.training_step on given samples, log-probs and rewards. It
+    learns from ties, the first response being chosen; here they are dropped, so this batch has none. (XPO and
+    Nash-MD are no longer part of TRL.)"""
     trl = pytest.importorskip("trl.experimental.online_dpo", reason="trl is not installed")
     N, R = 5, 6
     g = torch.Generator().manual_seed(3)
@@ -328,8 +328,8 @@ def scored(world, prompts, responses):
 
 @pytest.mark.parametrize("loss, k", [("dpo", 2), ("dpo", 4), ("simpo", 2)])
 def test_one_online_update_is_one_offline_update_on_the_same_strings(world, tmp_path, monkeypatch, loss, k):
-    """The samples, written down as pairs by the reward model's scores (best and worst of k), and train_simpo.py
-    on them. Turned around, another update."""
+    """The samples, written down as pairs by the reward model's scores (best and worst of k), and
+    train_simpo.py on them. Turned around, another update."""
     calls = spied(monkeypatch)
     size = 16 * k
     train_online.main(config_of(world, tmp_path / "online", loss=loss, k=k, batch_size=size, episodes=size))

@@ -1,5 +1,7 @@
 """Reward terms, their coefficients and the missing-EOS rule: by hand."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,13 +56,15 @@ NUMBERS = torch.tensor([[-3.0, -6.0]]), torch.tensor([[-4.0, -2.0]]), torch.tens
     ("maxent", [[3.0, 6.0]]),
     ("maxent_length", [[1.5, 1.5]]),
     ("minent_length", [[-1.5, -1.5]]),
+    ("chi2", [[-(math.e + 1), -(math.exp(-4) - 4)]]),
+    ("ref_logprob", [[-4.0, -2.0]]),
 ])
 def test_terms_by_hand(name, expected):
     close(REWARDS[name](*NUMBERS), expected)
 
 
 def test_every_term_is_tested_by_hand():
-    assert set(REWARDS) == {"kl", "maxent", "maxent_length", "minent_length"}
+    assert set(REWARDS) == {"kl", "maxent", "maxent_length", "minent_length", "chi2", "ref_logprob"}
 
 
 def test_a_term_gets_the_sums_of_the_kept_tokens_and_their_number(monkeypatch):
@@ -179,7 +183,7 @@ def test_the_coefficient_of_a_term_without_one():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("kl+entropy", "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, as in"),
+    ("kl+entropy", "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, chi2, ref_logprob, as in"),
     ("kl+", "no term ''"),
     ("", "no term ''"),
     (" ", "no term ''"),
