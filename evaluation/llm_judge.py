@@ -59,7 +59,7 @@ def prices(model: str, local: bool, price_in: float, price_out: float) -> tuple[
     price = (price_in if price_in >= 0 else known_in, price_out if price_out >= 0 else known_out)
     if any(map(math.isnan, price)):
         raise UserError(f"--judge_model={model}: price unknown, so --judge_max_cost cannot be kept; give "
-                        "--judge_price_in and --judge_price_out (dollars per million tokens, 0 if it is free)")
+                        "--judge_price_in and --judge_price_out (dollars per million tokens, 0 if free)")
     return price
 
 
