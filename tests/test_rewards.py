@@ -199,7 +199,7 @@ def test_the_coefficient_of_a_term_without_one():
     [
         (
             "kl+entropy",
-            "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, chi2, ref_logprob, as in",
+            "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, chi2, ref_logprob, ",
         ),
         ("kl+", "no term ''"),
         ("", "no term ''"),

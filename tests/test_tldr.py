@@ -22,14 +22,17 @@ from rlhf.config import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-WORDS = "I we a it my the dog left kitchen strawberry nevertheless Mississippi misunderstanding can't they'll 12345 ... !? café".split()
+WORDS = (
+    "I we a it my the dog left kitchen strawberry nevertheless Mississippi misunderstanding can't they'll "
+    "12345 ... !? café"
+).split()
 FIELDS = {"subreddit": "gardening", "title": "My neighbour's goat", "post": "It ate the hedge."}
 needs_sample = pytest.mark.skipif(
     not (SHARED / "tldr").is_dir(), reason="../shared is absent: real posts are not checked"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- tokenizers
+# --- tokenizers
 def train_tiny(pre_tokenizer=None) -> Tokenizer:
     """A small byte-level BPE of Pythia's kind: NFC, the GPT-2 regex, runs of spaces as added tokens; every
     word of WORDS is one token."""
@@ -66,7 +69,7 @@ def tiny(tiny_file) -> Tokenizer:
     return tldr.load_tokenizer(tiny_file)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the simplest way
+# --- the simplest way
 def size(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text).ids)
 
@@ -140,7 +143,7 @@ def random_post(rng: random.Random, words: int, newlines: bool) -> str:
     return "".join(rng.choice(WORDS) + rng.choice(marks) + rng.choice(blanks) for _ in range(words))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- truncation
+# --- truncation
 @pytest.mark.parametrize("newlines", [False, True])
 def test_posts_around_the_limit(tokenizer, newlines):
     rows = [row(post=post_of(tokenizer, n, newlines)) for n in (511, 512, 513, 700)]
@@ -232,7 +235,7 @@ def test_newline_rule_by_hand(tiny):
         make_prompts(tiny, [row(title="dog " * 600)])
 
 
-# --------------------------------------------------------------------------------------------------------- template, spaces, end of text
+# --- template, spaces, end of text
 def test_template_byte_for_byte(tokenizer):
     (query,), (ids,), _ = make_prompts(tokenizer, [row()])
     assert (
@@ -287,7 +290,7 @@ def test_end_of_text_written_by_people_is_text(tokenizer):
     assert tokenizer.decode(tokens) == f" it {EOS} left"
 
 
-# -------------------------------------------------------------------------------------------------------------------------- whole program
+# --- whole program
 def sft(n: int, **changes) -> dict:
     made = {
         "id": f"t{n}",
@@ -400,7 +403,10 @@ def test_tables(tmp_path, tiny, tiny_file, capsys):
     shown = ("chosen", "rejected", "chosen_policy", "rejected_policy", "split", "confidence")
     assert [even[name] for name in shown] == [" Goat 2.", " Hedge 2 is gone.", "sup1", "ref", "valid1", 7]
     assert [odd[name] for name in shown] == [" Hedge 3 is gone.", " Goat 3.", "ref", "sup1", "valid2", -1]
-    columns = "id query query_token chosen chosen_token rejected rejected_token chosen_policy rejected_policy batch split confidence"
+    columns = (
+        "id query query_token chosen chosen_token rejected rejected_token chosen_policy rejected_policy "
+        "batch split confidence"
+    )
     assert list(even) == columns.split()
     assert list(first) == "id query query_token reference_response reference_response_token".split()
 
@@ -632,10 +638,7 @@ def test_a_batch_with_two_names_is_counted_and_once_on_request(tmp_path, tiny_fi
     kept = prepare(tmp_path, tiny_file, rows)["pairs_validation_cnndm"]
     assert [r["id"] for r in kept] == ["c30", "c31", "c32"] * 2 + ["c30", "c30"]
     out = capsys.readouterr().out
-    assert (
-        "4 pairs in both of the CNN/DM batches batch0_cnndm and cnndm0: kept, as in N+; --cnndm_once drops them"
-        in out
-    )
+    assert "4 pairs in both of the CNN/DM batches batch0_cnndm and cnndm0: kept, as in N+; " in out
     once = prepare(tmp_path, tiny_file, rows, overwrite=True, cnndm_once=True)["pairs_validation_cnndm"]
     assert [(r["id"], r["batch"]) for r in once] == [
         ("c30", "batch0_cnndm"),
@@ -651,7 +654,7 @@ def test_a_batch_with_two_names_is_counted_and_once_on_request(tmp_path, tiny_fi
     assert "batch0_cnndm and cnndm0: dropped" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- errors
+# --- errors
 def without(made: dict, column: str) -> dict:
     return {key: item for key, item in made.items() if key != column}
 
@@ -783,7 +786,7 @@ def test_command_line(tmp_path):
     assert (done.returncode, done.stderr) == (2, 'error: --source nowhere: neither "hub" nor a directory\n')
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the real sample
+# --- the real sample
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> dict[str, list[dict]]:
     out = tmp_path_factory.mktemp("sample") / "data"
