@@ -11,7 +11,7 @@ for study/plot.py), each compared with the first. Log-probs of the judged summar
 CPU, toy world:
     python evaluate.py --data_dir=out/toy/data --model=out/toy/rloo --ref_model=out/toy/sft --judge=gold \
         --out_dir=out/toy/eval
-GPU, Pythia 1B (win rates published: SFT 33 %, KL-constrained RLOO about 51 %):
+GPU, Pythia 1B (win rates in TRL's documentation, same judge: SFT 33 %, KL-constrained RLOO 51 %):
     python evaluate.py --data_dir=out/tldr --model='out/1b/rloo/ckpt/*' --ref_model=out/1b/sft --judge=llm \
         --out_dir=out/1b/eval
 """
@@ -20,6 +20,7 @@ import glob
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data.gold import gold
-from evaluation.judges import ScoreJudge, agreement, make_judge, parse_judges
+from evaluation.judges import Judge, ScoreJudge, agreement, make_judge, parse_judges
 from evaluation.measures import measure, summaries_of, summarise
 from evaluation.page import page_data, render
 from evaluation.tables import show, write, write_sweep
@@ -40,7 +41,7 @@ from rlhf.data import check_tables, check_tokenizer, read_meta
 from rlhf.model import NeoX
 from rlhf.out_dir import forget_replaced, open_directory
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, resolve
-from rlhf.summaries import ROUGE_HINT, Summary, human_summaries, read_posts
+from rlhf.summaries import ROUGE_HINT, Post, Summary, human_summaries, read_posts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +134,9 @@ def find_checkpoints(text: str) -> dict[str, str]:
             raise UserError(f"--model={part}: no directory matches")
     if not found:
         raise UserError(f"--model={text}: names no model")
-    if len(set(found)) < len(found):
-        raise UserError(f"--model={text}: names the same model twice")
     parts = [Path(path).parts for path in found]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--model={text}: names the same model twice")
     tail = next(k for k in range(1, 99) if len({p[-k:] for p in parts}) == len(parts))
     return {"-".join(p[-tail:]).strip("/.-") or "model": path for p, path in zip(parts, found)}
 
@@ -155,8 +156,9 @@ def forget_if_changed(where: Path, *sources: str) -> None:
 
 
 def write_summaries(
-    cfg: Config, folders: dict[str, Path], checkpoints: dict[str, str], summarise_one, scorer,
-    posts: list, references: list[Summary],
+    cfg: Config, folders: dict[str, Path], checkpoints: dict[str, str],
+    summarise_one: Callable[[str], list[dict]], scorer: ScoreJudge | None,
+    posts: list[Post], references: list[Summary],
 ) -> dict[str, list[dict]]:
     """{checkpoint: its rows}: read from its folder, or summarised, scored and written there."""
     rows = {}
@@ -177,9 +179,13 @@ def write_summaries(
     return rows
 
 
-def ask_judges(judges: dict, rows: dict[str, list[dict]], posts: list, references: list[Summary]) -> None:
-    """Adds each judge's preference, and what else it says, to all rows: one call per judge, so that a judge
-    that costs money tells the price of all before it asks."""
+def ask_judges(
+    judges: dict[str, Judge], rows: dict[str, list[dict]], posts: list[Post], references: list[Summary],
+) -> None:
+    """Adds each judge's preference, and what else it says, to the rows of all checkpoints.
+
+    One call per judge: one that costs money tells the whole price before it asks.
+    """
     flat = [row for name in rows for row in rows[name]]
     asked = (posts * len(rows), summaries_of(flat), references * len(rows))
     for judge, ask in judges.items():
@@ -192,7 +198,7 @@ def ask_judges(judges: dict, rows: dict[str, list[dict]], posts: list, reference
 
 def write_results(
     cfg: Config, folders: dict[str, Path], checkpoints: dict[str, str], rows: dict[str, list[dict]],
-    judges: dict, posts: list, references: list[Summary],
+    judges: dict[str, Judge], posts: list[Post], references: list[Summary],
 ) -> list[dict]:
     """The result of each checkpoint, in order: read from its folder, or judged, measured and written."""
     results = {name: folder / "result.json" for name, folder in folders.items()}
@@ -209,7 +215,7 @@ def write_results(
     return [read_json(file) for file in results.values()]
 
 
-def ask_agreement(judges: dict, posts: list, table: dict) -> dict:
+def ask_agreement(judges: dict[str, Judge], posts: list[Post], table: dict[str, list]) -> dict[str, dict]:
     """{judge: how often it agrees with people}; says so where a judge does no better than "longer wins"."""
     sides = [human_summaries(table[side], table[f"{side}_token"]) for side in ("chosen", "rejected")]
     found = {}
@@ -225,7 +231,7 @@ def ask_agreement(judges: dict, posts: list, table: dict) -> dict:
     return found
 
 
-def make_judges(cfg: Config, device: torch.device) -> tuple[dict, ScoreJudge | None]:
+def make_judges(cfg: Config, device: torch.device) -> tuple[dict[str, Judge], ScoreJudge | None]:
     """{name: judge}, and what the column `scores` comes from."""
     options = {**vars(cfg), "device": device}
     judges = {name: make_judge(name, **options) for name in parse_judges(cfg.judge)}
@@ -252,10 +258,13 @@ def write_page(cfg: Config, out: Path, rows: dict, results: list[dict], judges: 
 
 
 def best_of(lines: list[dict]) -> dict:
-    """What a sweep ends with: how many checkpoints, and the win rate of the best."""
-    best = max(lines, key=lambda line: line.get("win_rate") or 0)
-    won = {key: value for key, value in best.items() if key.startswith("win_rate")}
-    return {"checkpoints": len(lines), "best": best["name"], **won}
+    """What a sweep ends with: how many checkpoints, and with a judge the win rate of the best."""
+    result = {"checkpoints": len(lines)}
+    if judged := [line for line in lines if line.get("win_rate") is not None]:
+        best = max(judged, key=lambda line: line["win_rate"])
+        won = {key: value for key, value in best.items() if key.startswith("win_rate")}
+        result |= {"best": best["name"], **won}
+    return result
 
 
 def main(cfg: Config) -> dict:

@@ -86,6 +86,8 @@ class Config:
     samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -134,17 +136,18 @@ def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
     """The prompts; `references`: for a reward model the human response to each, in a list of one or none."""
     columns = ["query_token", "facts"] if true_reward else ["query_token"]
     data = read_table(cfg.data_dir, "sft_train", columns)
-    data["references"] = [[] for _ in data["query_token"]]
     human = "reference_response_token"
     if cfg.reward_model and has_column(cfg.data_dir, "sft_train", human):
-        data["references"] = [[r] for r in read_table(cfg.data_dir, "sft_train", [human])[human]]
-    return data
+        references = [[r] for r in read_table(cfg.data_dir, "sft_train", [human])[human]]
+    else:
+        references = [[]] * len(data["query_token"])
+    return data | {"references": references}
 
 
 def model_scores(
     reward_model: NeoX, pack_rows: Callable, prompts: list, responses: list, references: list,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the responses (n, K), and of the references (n, 0 or 1), which ride along as response K + 1."""
+    """Scores of the responses (n, K) and, as response K + 1 of their row, of the references (n, 0 or 1)."""
     groups = pack_rows(prompts, [own + human for own, human in zip(responses, references)])
     scores = response_scores(reward_model, groups)  # (n, K or K + 1)
     K = len(responses[0])
@@ -169,20 +172,14 @@ def policy_gradient(
     return {**stats, "loss": losses.detach(), "approxkl": approxkl, "ratio_square": squares}
 
 
-def over_reference(batch: dict[str, Tensor]) -> dict[str, float]:
-    """The mean score, less that of the references of the same prompts; nothing where there are none."""
-    if batch["reference_scores"].numel() == 0:
-        return {}
-    return {"scores_over_reference": (batch["scores"].mean() - batch["reference_scores"].mean()).item()}
-
-
 def rollout_metrics(batch: dict[str, Tensor], coefficients: dict[str, float]) -> dict[str, float]:
     """What is logged of a scored rollout, (N, K, R) or (N, K) each; README, "Every metric of RLOO"."""
     mask, logprobs, ref_logprobs = batch["mask"], batch["old_logprobs"], batch["ref_logprobs"]
     terms = {name: batch[name].mean().item() for name in coefficients if name != "score"}
+    over = batch["scores"].mean() - batch["reference_scores"].mean()  # nan without references
     return {
         "scores": batch["scores"].mean().item(),
-        **over_reference(batch),
+        **({"scores_over_reference": over.item()} if batch["reference_scores"].numel() else {}),
         "scores_std": batch["scores"].std().item(),
         "raw_scores": batch["raw_scores"].mean().item(),
         "rlhf_reward": batch["rewards"].mean().item(),
@@ -257,12 +254,12 @@ def main(cfg: Config) -> dict:
         # 1. rollout: K responses to each prompt from the current policy
         rows = batch_indices(len(data["query_token"]), N, step, cfg.seed)
         prompts = [data["query_token"][i] for i in rows]
-        references = [data["references"][i] for i in rows]
         responses, ended = generate_all(
             policy, prompts, cfg.k, R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
             top_p=cfg.top_p, generator=generator,
         )
         ended = ended.to(device)  # (N, K)
+        references = [data["references"][i] for i in rows]
         slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("rollout")
 

@@ -68,6 +68,8 @@ class Config:
     eval_rows: int = 0  # rows of each validation table (0 = all)
     save_every: int = 200  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # data order and the weights of the head
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -78,7 +80,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
 
 
-NOTES = ("split", "batch", "confidence")  # columns of a validation table that accuracy is told by, if it has them
+NOTES = ("split", "batch", "confidence")  # accuracy is told by each of these that a validation table has
 
 
 def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -87,8 +89,8 @@ def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 
 def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dict[str, float]:
-    """Share of pairs whose chosen response scores higher: of all, and by each of NOTES that the table has; and
-    the share in which it is the longer one."""
+    """Share of pairs whose chosen response scores higher: of all, and by each of NOTES that the table has;
+    and the share in which it is the longer one."""
     right = share_right(chosen, rejected)  # (pairs,)
     chosen_length = torch.tensor([len(tokens) for tokens in table["chosen_token"]])
     rejected_length = torch.tensor([len(tokens) for tokens in table["rejected_token"]])
@@ -117,8 +119,8 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} pairs x {cfg.epochs} epochs: "
                         "no update to make")
     if cfg.center and not has_column(cfg.data_dir, "sft_train", "reference_response_token"):
-        raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become 0: "
-                        "give --center=false, then the rewards keep their offset")
+        raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become "
+                        "0: give --center=false, then the rewards keep their offset")
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()

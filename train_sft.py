@@ -24,7 +24,7 @@ import torch
 from data.gold import gold
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, has_column, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, check_tokenizer, column_names, read_meta, read_table
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -63,6 +63,8 @@ class Config:
     eval_every: int = 0  # updates between two validation losses (0 = only at the end)
     save_every: int = 200  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # data order and, from scratch, the weights
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -88,9 +90,10 @@ def main(cfg: Config) -> dict:
     check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
-    if has_column(cfg.data_dir, "sft_train", "query_token") and not has_column(cfg.data_dir, "sft_train", TARGET):
-        raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: prepare "
-                        "rows with a response (of all scripts only train_rloo.py needs none)")
+    there = column_names(cfg.data_dir, "sft_train")
+    if there and TARGET not in there:
+        raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: "
+                        "prepare rows with a response (of all scripts only train_rloo.py needs none)")
     columns = ["query_token", TARGET]
     train = read_table(cfg.data_dir, "sft_train", columns, cfg.train_rows)
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
@@ -108,7 +111,8 @@ def main(cfg: Config) -> dict:
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
-    uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, R)]
+    uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0)]
+    uses += [("sft_validation", cfg.eval_rows, R)]
     check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
@@ -157,7 +161,8 @@ def main(cfg: Config) -> dict:
 
     greedy, ended = generate_all(model, valid["query_token"], 1, R, batch=64, progress="greedy samples")
     quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, gold(cfg.data_dir))
-    return out.finish(model, tokenizer, {"loss": out.last.get("loss"), "eval/loss": validation_loss(), **quality})
+    result = {"loss": out.last.get("loss"), "eval/loss": validation_loss(), **quality}
+    return out.finish(model, tokenizer, result)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ class Config:
     eval_every: int = 0  # updates between two evaluations on validation pairs (0 = only at the end)
     save_every: int = 200  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # data order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...

@@ -1,14 +1,14 @@
 """Your own rows, jsonl or parquet, as a prepared data directory: the tables that every script reads.
 
-    {"prompt": ..., "response": ...}                      SFT, RLOO
-    {"prompt": ..., "chosen": ..., "rejected": ...}       reward model, DPO and SimPO; SFT learns the chosen ones
-    {"prompt": ..., "responses": [best, ..., worst]}      Plackett-Luce SimPO; also all of the above, best and worst
-    {"prompt": ...}                                       RLOO with a reward that needs no reference
+    {"prompt": ..., "response": ...}                   SFT, RLOO
+    {"prompt": ..., "chosen": ..., "rejected": ...}    reward model, DPO, SimPO; SFT learns the chosen ones
+    {"prompt": ..., "responses": [best, ..., worst]}   Plackett-Luce SimPO; and all of the above
+    {"prompt": ...}                                    RLOO with a reward that needs no reference
 
-A file has rows of one kind; several files may have different ones. Prompt and response are joined as they stand: a
-prompt that ends in "Answer:" wants responses that begin with a space. A response gets its EOS here. Rows that are
-longer than --prompt_tokens or --response_tokens are dropped and counted, so are pairs of two equal texts. Without
---validation a share of the prompts is held out, with all rows of each.
+A file has rows of one kind; several files may have different ones. Prompt and response are joined as they
+stand: a prompt that ends in "Answer:" wants responses that begin with a space. A response gets its EOS here.
+Rows that are longer than --prompt_tokens or --response_tokens are dropped and counted, so are rows with two
+equal responses. Without --validation a share of the prompts is held out, with all rows of each.
 
     python data/jsonl.py --train=posts.jsonl --tokenizer=EleutherAI/pythia-160m --out_dir=out/own/data
 """
@@ -35,7 +35,7 @@ KINDS = {  # columns of the texts beside the prompt
     "rankings": ("responses",),
     "prompts": (),
 }
-NOTES = {"batch": (str, ""), "split": (str, ""), "confidence": (int, -1)}  # kept where a file has them: train_rm.py
+NOTES = {"batch": (str, ""), "split": (str, ""), "confidence": (int, -1)}  # kept where a file has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def read_row(row: dict, kind: str) -> dict:
     if kind == "rankings":
         number = len(value(row, "responses", list))
         if number < 2:
-            raise UserError(f"{row['where']}: column 'responses' has {number} texts, a ranking needs at least 2")
+            raise UserError(f"{row['where']}: 'responses' has {number} texts, a ranking needs at least 2")
         columns = [f"responses.{i}" for i in range(number)]
     notes = {name: value(row, name, *types) for name, types in NOTES.items() if name in row}
     name = row.get("id")
@@ -97,7 +97,7 @@ def read_row(row: dict, kind: str) -> dict:
 
 
 def read_kinds(files: str) -> dict[str, list[dict]]:
-    """The rows of all files by kind. Raises UserError with file and row for the first that is not as it should be."""
+    """The rows of all files by kind. Raises UserError with file and row for the first that is bad."""
     kinds = {kind: [] for kind in KINDS}
     for name in files.split(","):
         path = Path(name)
@@ -112,7 +112,8 @@ def read_kinds(files: str) -> dict[str, list[dict]]:
                 other = ", ".join(sorted(found.keys() ^ columns))
                 raise UserError(f"{row['where']}: column {other} is in some rows of the file only")
             if kinds[kind] and len(found["texts"]) != len(first := kinds[kind][0]["texts"]):
-                raise UserError(f"{row['where']}: {len(found['texts'])} responses, the rows before have {len(first)}")
+                number = len(found["texts"])
+                raise UserError(f"{row['where']}: {number} responses, the rows before have {len(first)}")
             kinds[kind].append(found)
     given = [kind for kind, rows in kinds.items() if rows]
     if "prompts" in given and len(given) > 1:
@@ -128,7 +129,7 @@ def hold_out(kinds: dict[str, list[dict]], share: float, seed: int) -> tuple[dic
     prompts = {row["query"] for rows in kinds.values() for row in rows}
     number = max(1, round(share * len(prompts)))
     if len(prompts) <= number:
-        raise UserError(f"{len(prompts)} different prompts: too few to hold out {number} of them for validation")
+        raise UserError(f"{len(prompts)} different prompts: too few to hold out {number} of them")
     order = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest())
     held = set(order[:number])
     train = {kind: [row for row in rows if row["query"] not in held] for kind, rows in kinds.items()}
@@ -139,8 +140,8 @@ def hold_out(kinds: dict[str, list[dict]], share: float, seed: int) -> tuple[dic
 
 
 def table_rows(kinds: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Rows of sft, pairs and rankings. Where no file has rows of a kind, they are made of those that say more: pairs
-    of the best and the worst of a ranking, SFT rows of the chosen response of a pair."""
+    """Rows of sft, pairs and rankings. Where no file has rows of a kind, they are made of those that say
+    more: pairs of the best and the worst of a ranking, SFT rows of the chosen response of a pair."""
     rankings = kinds["rankings"]
     pairs = kinds["pairs"] or [{**row, "texts": [row["texts"][0], row["texts"][-1]]} for row in rankings]
     sft = kinds["responses"] or [{**row, "texts": row["texts"][:1]} for row in pairs] or kinds["prompts"]
@@ -148,16 +149,18 @@ def table_rows(kinds: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def text_columns(name: str, texts: list, suffix: str = "") -> dict:
-    """A row's texts, or with the suffix "_token" their tokens, under the names of table `name`; of a prompt alone
-    there are none."""
+    """A row's texts, or with the suffix "_token" their tokens, under the names of table `name`; of a prompt
+    alone there are none."""
     if name == "rankings":
         return {f"responses{suffix}": texts}
     columns = ("chosen", "rejected") if name == "pairs" else ("reference_response",)
     return {f"{column}{suffix}": item for column, item in zip(columns, texts)}
 
 
-def tokenise(name: str, rows: list[dict], tokenizer: Tokenizer, cfg: Config) -> tuple[list[dict], dict[str, int]]:
-    """Rows of a table as it is written, without those that are too long or teach nothing; how many there were."""
+def tokenise(
+    name: str, rows: list[dict], tokenizer: Tokenizer, cfg: Config,
+) -> tuple[list[dict], dict[str, int]]:
+    """Rows of a table as it is written, without those that are too long or teach nothing; counts of all."""
     prompts = encode(tokenizer, [row["query"] for row in rows])
     flat = iter(encode(tokenizer, [text for row in rows for text in row["texts"]]))
     table, counts = [], Counter(rows=0, long_prompts=0, long_responses=0, ties=0)
@@ -191,8 +194,8 @@ def plan_of(cfg: Config) -> dict[str, list[dict]]:
     plan = {f"{name}_train": rows for name, rows in table_rows(train).items()}
     plan |= {f"{name}_validation": rows for name, rows in table_rows(valid).items() if name != "rankings"}
     if plan["pairs_train"] and not plan["pairs_validation"]:
-        raise UserError("there are pairs to train on and none to validate: name a file of them in --validation, or "
-                        "raise --validation_share")
+        raise UserError("there are pairs to train on and none to validate: name a file of them in "
+                        "--validation, or raise --validation_share")
     return {name: rows for name, rows in plan.items() if rows}
 
 
@@ -211,9 +214,11 @@ def main(cfg: Config) -> None:
         print(f"{name:18} {found}")
         if not tables[name]:
             raise UserError(f"{name}: none of {len(rows)} rows is left ({found})")
-    print(f"dropped: long_prompts, of more than {cfg.prompt_tokens} tokens (--prompt_tokens); long_responses, of more "
-          f"than {cfg.response_tokens} with EOS (--response_tokens); ties, with two equal responses")
-    if shared := {row["query"] for row in tables["sft_validation"]} & {row["query"] for row in tables["sft_train"]}:
+    print(f"dropped: long_prompts, of more than {cfg.prompt_tokens} tokens (--prompt_tokens); "
+          f"long_responses, of more than {cfg.response_tokens} with EOS (--response_tokens); "
+          "ties, of two equal responses")
+    queries = {name: {row["query"] for row in rows} for name, rows in tables.items()}
+    if shared := queries["sft_train"] & queries["sft_validation"]:
         print(f"{len(shared)} prompts are in training and in validation: the validation numbers will flatter")
 
     aside = data_aside(out)

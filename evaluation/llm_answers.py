@@ -1,4 +1,4 @@
-"""The parts of the language-model judge that talk to nobody: template, how an answer is read, what is kept on disk, what may be spent."""
+"""The parts of the language-model judge that need no server: prompt, answers, cache, budget."""
 
 import json
 import os
@@ -17,15 +17,19 @@ BYTES_PER_TOKEN = 3  # English has more than 4: an estimate with this is an uppe
 
 
 def read_template(path: str) -> tuple[str, str]:
-    """A template file ("" = N+'s, for TL;DR) -> (system, user). A line `---` ends the system message; the user's has the slots {{post}},
-    {{summary_a}} and {{summary_b}}."""
+    """A template file -> (system message, user message); "" is the one for TL;DR.
+
+    A line `---` ends the system message. The user message has the slots {{post}}, {{summary_a}} and
+    {{summary_b}}. The TL;DR prompt is that of summarize_from_feedback_details (github vwxyzjn), eval/oai.py.
+    """
     file = Path(path) if path else TEMPLATE
     try:
         text = file.read_text()
     except (OSError, ValueError) as error:
         raise UserError(f"--judge_template={path}: cannot be read ({error})") from error
     system, line, user = text.partition("\n---\n")
-    system, user = (system, user) if line else ("", text)
+    if not line:  # no system message
+        system, user = "", text
     if missing := [slot for slot in SLOTS if f"{{{{{slot}}}}}" not in user]:
         raise UserError(f"{file}: the template has no {{{{{missing[0]}}}}}")
     return system.strip(), user.strip()
@@ -44,24 +48,37 @@ DECORATION = re.compile(r"[*_`\"'“”‘’]")
 
 
 def parse_verdict(answer: str) -> str | None:
-    """"A", "B" or "tie" if the answer's `Preferred:` line, or the whole answer, says that and nothing else, give or take quotes, stars,
-    brackets, a full stop and the word "Summary" before it. None for everything else: more words, no verdict, two different ones."""
+    """"A", "B" or "tie" if the answer's `Preferred:` line, or the whole answer, says that and nothing else.
+
+    Quotes, stars, brackets, a full stop and the word "Summary" before it do not matter. None for everything
+    else: more words, no verdict, two different ones.
+    """
     plain = DECORATION.sub("", answer)
     found = re.findall(r"preferred\s*:\s*([^\n]*)", plain, re.IGNORECASE) or [plain]
-    verdicts = {re.sub(r"^\W*summary\b", "", text, flags=re.IGNORECASE).strip(" \t\r\n.<>()[]") for text in found}
+    verdicts = set()
+    for text in found:
+        text = re.sub(r"^\W*summary\b", "", text, flags=re.IGNORECASE)
+        verdicts.add(text.strip(" \t\r\n.<>()[]"))
     verdict = verdicts.pop() if len(verdicts) == 1 else ""
-    return verdict if verdict in ("A", "B") else "tie" if verdict.lower() == "tie" else None
+    if verdict in ("A", "B"):
+        return verdict
+    return "tie" if verdict.lower() == "tie" else None
 
 
 # --- disk
 
 
 class AnswerCache:
-    """{hash of a request: its answer}, in memory and as lines of an append-only file. A line is written at once and whole; one that a kill
-    cut off is passed over, and the next starts on a line of its own."""
+    """{hash of a request: its answer}, in memory and as lines of an append-only file.
+
+    A line is written at once and whole. One that a kill cut off is ignored, and the next starts on a line of
+    its own.
+    """
 
     def __init__(self, path: str):
-        self.path, self.lock, self.known = Path(path), threading.Lock(), {}
+        self.path = Path(path)
+        self.lock = threading.Lock()
+        self.known: dict[str, dict] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -93,11 +110,18 @@ class AnswerCache:
 
 
 class Budget:
-    """Counts requests and dollars of this run, those under way included, and lets none start that could go over a limit."""
+    """Counts requests and dollars of this run, also of requests not yet answered, and lets none start that
+    could go over a limit. `price`: dollars per million tokens of prompts and of answers."""
 
     def __init__(self, price: tuple[float, float], max_requests: int, max_cost: float):
-        self.price, self.max_requests, self.max_cost, self.lock = price, max_requests, max_cost, threading.Lock()
-        self.requests, self.cost, self.tokens_in, self.tokens_out = 0, 0.0, 0, 0
+        self.price = price
+        self.max_requests = max_requests
+        self.max_cost = max_cost
+        self.lock = threading.Lock()
+        self.requests = 0
+        self.cost = 0.0
+        self.tokens_in = 0
+        self.tokens_out = 0
 
     @staticmethod
     def tokens(body: dict) -> int:
@@ -109,29 +133,36 @@ class Budget:
 
     def check(self, requests: int, cost: float) -> None:
         """Before the first request of many."""
-        if self.max_requests and self.requests + requests > self.max_requests:
-            raise UserError(f"the judge would be asked {self.requests + requests} times, --judge_max_requests is {self.max_requests}; "
+        requests += self.requests
+        cost += self.cost
+        if self.max_requests and requests > self.max_requests:
+            raise UserError(f"the judge would be asked {requests} times, --judge_max_requests is "
+                            f"{self.max_requests}; nothing was asked")
+        if cost > self.max_cost:
+            raise UserError(f"the judge could cost ${cost:.2f}, --judge_max_cost is ${self.max_cost:.2f}; "
                             "nothing was asked")
-        if self.cost + cost > self.max_cost:
-            raise UserError(f"the judge could cost ${self.cost + cost:.2f}, --judge_max_cost is ${self.max_cost:.2f}; nothing was asked")
 
     def take(self, tokens_in: int, tokens_out: int) -> float:
         """Before each request, the repeated ones too: reserves what it can cost at most."""
         most = self.price_of(tokens_in, tokens_out)
         with self.lock:
             if self.max_requests and self.requests >= self.max_requests:
-                raise RunError(f"stopped at --judge_max_requests={self.max_requests} (repeated requests count); all answers are kept")
+                raise RunError(f"stopped at --judge_max_requests={self.max_requests} (repeated requests "
+                               "count); all answers are kept")
             if self.cost + most > self.max_cost:
-                raise RunError(f"stopped before --judge_max_cost=${self.max_cost:.2f} (${self.cost:.2f} spent or reserved)")
+                raise RunError(f"stopped before --judge_max_cost=${self.max_cost:.2f} "
+                               f"(${self.cost:.2f} spent or reserved)")
             self.requests += 1
             self.cost += most
         return most
 
     def settle(self, reserved: float, tokens_in: int, tokens_out: int) -> None:
+        """After a request: what it did cost replaces what was reserved."""
         with self.lock:
             self.cost += self.price_of(tokens_in, tokens_out) - reserved
             self.tokens_in += tokens_in
             self.tokens_out += tokens_out
 
     def __str__(self) -> str:
-        return f"{self.requests} requests, {self.tokens_in:,} tokens of prompts, {self.tokens_out:,} of answers, ${self.cost:.4f}"
+        return (f"{self.requests} requests, {self.tokens_in:,} tokens of prompts, "
+                f"{self.tokens_out:,} of answers, ${self.cost:.4f}")

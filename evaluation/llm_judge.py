@@ -1,8 +1,12 @@
-"""A language model behind an OpenAI-compatible endpoint as the judge of summaries (N+ eval/oai.py; recipe, section 8), without two biases:
-an answer such as `"A"` or `A.` is an A, and one that cannot be read is counted as unread, never as a loss; a pair is asked in both orders.
+"""A language model behind an OpenAI-compatible endpoint as the judge of summaries.
 
-Every answer goes to an append-only file as it arrives, found again by the content of its request: a run that was killed goes on where it
-was, and a repeated run asks nothing. The key comes from the environment (OPENAI_API_KEY); what a server says is shown without it.
+As in summarize_from_feedback_details (github vwxyzjn), eval/oai.py, without two of its biases. An answer
+such as `"A"` or `A.` is an A, and one that cannot be read is counted as unread, never as a loss. A pair is
+asked in both orders.
+
+Every answer goes to an append-only file as it arrives, found again by the content of its request: a run that
+was killed goes on where it was, and a repeated run asks nothing. The key comes from the environment
+(OPENAI_API_KEY); what a server says is shown without it.
 """
 
 import email.utils
@@ -26,28 +30,40 @@ KEY = "OPENAI_API_KEY"
 SECRET = re.compile(r"(key|token|secret|password|auth|sig)[^=&]*=", re.IGNORECASE)  # in a query: ?api_key=...
 TRIES = 8  # of one request, with waits of about 1, 2, 4, ... 60 seconds between them
 TRIES_TO_CONNECT = 3  # of the first connection: a server that is not running is told within seconds
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; a server's Retry-After goes before
-PRICES = {  # dollars per million tokens of prompt and of answer; they change: --judge_price_in, --judge_price_out
+FIRST_WAIT = 1.0  # seconds; a server's Retry-After goes before
+LONGEST_WAIT = 60.0  # seconds
+# dollars per million tokens of prompts and of answers; they change: --judge_price_in, --judge_price_out
+PRICES = {
     "gpt-4o-mini": (0.15, 0.60),
     "gpt-4o": (2.50, 10.00),
     "gpt-4.1-mini": (0.40, 1.60),
     "gpt-4.1-nano": (0.10, 0.40),
     "gpt-3.5-turbo-0125": (0.50, 1.50),
 }
-REFUSED = {"content_filter", "content_policy_violation"}  # error codes (400) of a request that was understood and declined
+REFUSED = {"content_filter", "content_policy_violation"}  # codes of error 400: understood and declined
 
 
 class LLMJudge:
-    """judge(posts, summaries_a, summaries_b) -> preferences. Identical summaries are a tie, unasked; nan if an answer was not read."""
+    """judge(posts, summaries_a, summaries_b) -> preferences.
 
-    def __init__(self, *, judge_model: str, judge_url: str, judge_template: str, judge_order: str, judge_cache: str, judge_concurrency: int,
-                 judge_timeout: float, judge_max_tokens: int, judge_max_requests: int, judge_max_cost: float, judge_price_in: float,
-                 judge_price_out: float, seed: int):
+    Identical summaries are a tie, and nobody is asked about them; nan if an answer was not read.
+    """
+
+    def __init__(
+        self, *, judge_model: str, judge_url: str, judge_template: str, judge_order: str, judge_cache: str,
+        judge_concurrency: int, judge_timeout: float, judge_max_tokens: int, judge_max_requests: int,
+        judge_max_cost: float, judge_price_in: float, judge_price_out: float, seed: int,
+    ):
         try:
             import openai
         except ImportError as error:
-            raise UserError("--judge=llm needs the openai package: pip install -r requirements-judge.txt") from error
-        self.openai, self.model, self.url, self.order, self.seed = openai, judge_model, judge_url, judge_order, seed
+            hint = "pip install -r requirements-judge.txt"
+            raise UserError(f"--judge=llm needs the openai package: {hint}") from error
+        self.openai = openai
+        self.model = judge_model
+        self.url = judge_url
+        self.order = judge_order
+        self.seed = seed
         url = urlsplit(judge_url)
         if url.username or url.password or SECRET.search(url.query):
             raise UserError(f"--judge_url holds a password or a key, and would be written to run.json: put the key "
@@ -55,20 +71,26 @@ class LLMJudge:
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(f"--judge_url={judge_url}: expected http://HOST:PORT/v1 or https://HOST/v1")
         local = url.hostname in ("localhost", "127.0.0.1", "::1")
-        self.place = url._replace(netloc=url.hostname).geturl() if local else judge_url  # a local server may come back on another port
+        # what an answer is kept under: a local server may come back on another port
+        self.place = url._replace(netloc=url.hostname).geturl() if local else judge_url
         self.key = os.environ.get(KEY, "")
         if not self.key and not local:
             raise UserError(f"--judge=llm: put the key of {judge_url} into the environment variable {KEY}")
-        known = (0.0, 0.0) if local else PRICES.get(judge_model)
-        price = tuple(given if given >= 0 else known[i] if known else math.nan for i, given in enumerate((judge_price_in, judge_price_out)))
+        known = (0.0, 0.0) if local else PRICES.get(judge_model, (math.nan, math.nan))
+        given = (judge_price_in, judge_price_out)
+        price = tuple(mine if mine >= 0 else listed for mine, listed in zip(given, known))
         if any(map(math.isnan, price)):
-            raise UserError(f"--judge_model={judge_model}: price unknown, so --judge_max_cost cannot be kept; give --judge_price_in and "
-                            "--judge_price_out (dollars per million tokens, 0 if it is free)")
+            raise UserError(f"--judge_model={judge_model}: price unknown, so --judge_max_cost cannot be "
+                            "kept; give --judge_price_in and --judge_price_out (dollars per million tokens, "
+                            "0 if it is free)")
         self.system, self.user = read_template(judge_template)
         self.cache = AnswerCache(judge_cache)
         self.budget = Budget(price, judge_max_requests, judge_max_cost)
-        self.concurrency, self.max_tokens = judge_concurrency, judge_max_tokens
-        self.client = openai.OpenAI(api_key=self.key or "none", base_url=judge_url, timeout=judge_timeout, max_retries=0)  # `ask` retries
+        self.concurrency = judge_concurrency
+        self.max_tokens = judge_max_tokens
+        self.client = openai.OpenAI(  # without retries: `ask` does them
+            api_key=self.key or "none", base_url=judge_url, timeout=judge_timeout, max_retries=0,
+        )
         self.connected = False  # once: then a server that is gone may come back
         self.not_before = 0.0  # no request of any thread starts before this time
         self.stop = threading.Event()
@@ -78,17 +100,21 @@ class LLMJudge:
     def questions(self, post, a, b) -> list[tuple[str, bool]]:
         """(filled template, is A shown first?) for a pair: both orders, or one that a coin decides.
 
-        The coin is a hash of seed and content: repeated, it falls the same way, and when A and B are swapped it shows the same text first.
+        The coin is a hash of seed and content: repeated, it falls the same way, and when A and B are swapped
+        it shows the same text first.
         """
-        first, second = a.text.strip(), b.text.strip()
-        if first == second:
+        text_a = a.text.strip()
+        text_b = b.text.strip()
+        if text_a == text_b:
             return []
+        query = post.query.strip()
+        a_first = (fill(self.user, query, text_a, text_b), True)
+        b_first = (fill(self.user, query, text_b, text_a), False)
         if self.order == "both":
-            shown = [True, False]
-        else:
-            coin = hashlib.sha256(json.dumps([self.seed, post.query, *sorted((first, second))]).encode()).digest()[0] % 2
-            shown = [(first < second) == bool(coin)]
-        return [(fill(self.user, post.query.strip(), *((first, second) if a_first else (second, first))), a_first) for a_first in shown]
+            return [a_first, b_first]
+        content = json.dumps([self.seed, post.query, *sorted((text_a, text_b))])
+        coin = hashlib.sha256(content.encode()).digest()[0] % 2  # 1: the text that sorts first is shown first
+        return [a_first if (text_a < text_b) == bool(coin) else b_first]
 
     def body(self, text: str) -> dict:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -100,10 +126,13 @@ class LLMJudge:
 
     def answers(self, posts: list, summaries_a: list, summaries_b: list) -> list[list[tuple[str, bool]]]:
         """Per pair its answers, each with whether A was shown first; asks what the cache does not hold."""
-        asked = [self.questions(*pair) for pair in zip(posts, summaries_a, summaries_b, strict=True)]
-        bodies = [[(self.body(text), a_first) for text, a_first in pair] for pair in asked]
-        keys = [[(self.key_of(body), a_first) for body, a_first in pair] for pair in bodies]
-        self.fetch({key: body for k, b in zip(keys, bodies) for (key, _), (body, _) in zip(k, b)})
+        keys = []  # per pair and question: (key, is A shown first?)
+        bodies = {}
+        for pair in zip(posts, summaries_a, summaries_b, strict=True):
+            asked = [(self.body(text), a_first) for text, a_first in self.questions(*pair)]
+            keys.append([(self.key_of(body), a_first) for body, a_first in asked])
+            bodies |= {key: body for (key, _), (body, _) in zip(keys[-1], asked)}
+        self.fetch(bodies)
         return [[(self.cache[key]["answer"], a_first) for key, a_first in pair] for pair in keys]
 
     def __call__(self, posts: list, summaries_a: list, summaries_b: list) -> list[float]:
@@ -111,43 +140,61 @@ class LLMJudge:
 
     @staticmethod
     def preference(answers: list[tuple[str, bool]]) -> float:
-        """Mean over the orders; nan if any of them was not read: half a pair would carry the judge's liking for a position."""
+        """Mean over the orders. nan if any was not read: one order alone has the judge's position bias."""
         if not answers:
             return 0.5
-        verdicts = [(parse_verdict(answer), a_first) for answer, a_first in answers]
-        if any(verdict is None for verdict, _ in verdicts):
-            return math.nan
-        return sum(0.5 if verdict == "tie" else float((verdict == "A") == a_first) for verdict, a_first in verdicts) / len(verdicts)
+        wins = []
+        for answer, a_first in answers:
+            verdict = parse_verdict(answer)
+            if verdict is None:
+                return math.nan
+            wins.append(0.5 if verdict == "tie" else float((verdict == "A") == a_first))
+        return sum(wins) / len(wins)
 
     def details(self, posts: list, summaries_a: list, summaries_b: list) -> list[dict]:
         """Per pair, for the table: the answers, and what was read in them ("A" = what was shown first)."""
-        return [{"answers": [answer for answer, _ in pair], "verdicts": [parse_verdict(answer) or "unread" for answer, _ in pair]}
-                for pair in self.answers(posts, summaries_a, summaries_b)]
+        details = []
+        for pair in self.answers(posts, summaries_a, summaries_b):
+            answers = [answer for answer, _ in pair]
+            verdicts = [parse_verdict(answer) or "unread" for answer in answers]
+            details.append({"answers": answers, "verdicts": verdicts})
+        return details
 
-    # --- the wire
+    # --- requests
 
     def fetch(self, bodies: dict[str, dict]) -> None:
-        """Puts an answer to every body into the cache. Says before the first request what it will take; refuses what is over the limit."""
+        """Puts an answer to every body into the cache.
+
+        Says before the first request what it will take, and refuses what is over the limit.
+        """
         missing = {key: body for key, body in bodies.items() if key not in self.cache}
         plan = [(key, body, Budget.tokens(body), self.max_tokens) for key, body in missing.items()]
-        if plan:
-            tokens = sum(p[2] for p in plan), sum(p[3] for p in plan)
-            print(f"judge {self.model}: {len(bodies)} questions, {len(bodies) - len(plan)} answered before, {len(plan)} to ask; "
-                  f"at most {tokens[0]:,} tokens of prompts and {tokens[1]:,} of answers, ${self.budget.price_of(*tokens):.2f}")
-            self.budget.check(len(plan), self.budget.price_of(*tokens))
-            self.stop.clear()
-            pool = ThreadPoolExecutor(self.concurrency)
-            try:
-                jobs = [pool.submit(self.ask, *p) for p in plan]
-                for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"judge {self.model}", leave=False, disable=None):
-                    job.result()
-            finally:  # after an error or Ctrl-C: no new request, and what is under way still reaches the cache
-                self.stop.set()
-                pool.shutdown(cancel_futures=True)
-            print(f"judge {self.model}: {self.budget}")
+        if not plan:
+            return
+        tokens_in = sum(p[2] for p in plan)
+        tokens_out = sum(p[3] for p in plan)
+        price = self.budget.price_of(tokens_in, tokens_out)
+        print(f"judge {self.model}: {len(bodies)} questions, {len(bodies) - len(plan)} answered before, "
+              f"{len(plan)} to ask; at most {tokens_in:,} tokens of prompts and {tokens_out:,} of answers, "
+              f"${price:.2f}")
+        self.budget.check(len(plan), price)
+        self.stop.clear()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            jobs = [pool.submit(self.ask, *p) for p in plan]
+            done = as_completed(jobs)
+            for job in tqdm(done, total=len(jobs), desc=f"judge {self.model}", leave=False, disable=None):
+                job.result()
+        finally:  # after an error or Ctrl-C: no new request; answers to those under way still reach the cache
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)
+        print(f"judge {self.model}: {self.budget}")
 
     def ask(self, key: str, body: dict, tokens_in: int, tokens_out: int) -> None:
-        """One answer into the cache. Tries again after 408, 409, 429, 5xx, a lost connection, a timeout or a body that is no answer."""
+        """One answer into the cache.
+
+        Tries again after 408, 409, 429, 5xx, a lost connection, a timeout or a body that is no answer.
+        """
         problem = "stopped"
         for attempt in range(TRIES):
             if self.stop.wait(max(0.0, self.not_before - time.time())):
@@ -157,18 +204,20 @@ class LLMJudge:
                 reply = self.client.chat.completions.with_raw_response.create(**body)
                 self.connected = True
                 record = read_reply(self.without_key(reply.http_response.text))
-                if any(record["tokens"]):  # else the server does not count, and what was reserved stays the estimate
+                if any(record["tokens"]):  # else the server does not count: what was reserved is the estimate
                     self.budget.settle(reserved, *record["tokens"])
                 self.cache.put(key, record)
                 return
             except self.openai.APIStatusError as error:
                 self.budget.settle(reserved, 0, 0)
-                problem, wait = self.status(error, key), retry_after(error.response.headers)
+                problem = self.status(error, key)
                 if problem is None:
                     return
+                wait = retry_after(error.response.headers)
                 if wait is not None:
                     self.not_before = max(self.not_before, time.time() + min(wait, 600))
-            except (self.openai.APIError, ValueError) as error:  # its price stays reserved: the server may have answered, and may bill it
+            except (self.openai.APIError, ValueError) as error:
+                # its price stays reserved: the server may have answered and may bill it
                 problem = self.clean(error)
                 if type(error.__cause__).__name__ == "ConnectError":  # nobody there: nothing was sent, nothing is billed
                     self.budget.settle(reserved, 0, 0)
@@ -176,21 +225,27 @@ class LLMJudge:
                     if not self.connected and attempt + 1 >= TRIES_TO_CONNECT:
                         raise RunError(f"judge {self.model}: {problem}. Is the server running?") from error
             asked_to_wait = time.time() < self.not_before
-            pause = 0.0 if asked_to_wait or attempt == TRIES - 1 else min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
+            pause = 0.0
+            if not asked_to_wait and attempt < TRIES - 1:
+                pause = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
             if self.stop.wait(pause):
                 return
-        raise RunError(f"judge {self.model}: no answer after {TRIES} tries ({problem}). All others are in {self.cache.path}: run it again")
+        raise RunError(f"judge {self.model}: no answer after {TRIES} tries ({problem}). All others are in "
+                       f"{self.cache.path}: run it again")
 
     def status(self, error, key: str) -> str | None:
-        """What to do about an HTTP error: a description if trying again may help, None if it is an answer of its kind, else raises."""
-        text, code = self.clean(error), error.status_code
+        """What an HTTP error means: its description if trying again may help, None if the server declined to
+        answer (kept as an answer that cannot be read). Everything else is raised."""
+        text = self.clean(error)
+        code = error.status_code
         if code == 400 and error.code in REFUSED:
             self.cache.put(key, {"answer": "", "finish": error.code, "tokens": [0, 0]})
             return None
         if code in (408, 409) or code >= 500 or code == 429 and error.code != "insufficient_quota":
             return text
         if code == 429:
-            raise RunError(f"judge {self.model}: no quota left ({text}). All answers are in {self.cache.path}: run it again")
+            raise RunError(f"judge {self.model}: no quota left ({text}). All answers are in "
+                           f"{self.cache.path}: run it again")
         raise UserError(f"judge {self.model} at {self.url}: {text}")
 
     def clean(self, error: Exception) -> str:
@@ -202,11 +257,15 @@ class LLMJudge:
 
 
 def read_reply(text: str) -> dict:
-    """A chat completion's JSON -> {answer, finish, tokens}. ValueError for anything else: cut off, not JSON, an error with status 200."""
+    """A chat completion's JSON -> {answer, finish, tokens}.
+
+    ValueError for anything else: cut off, not JSON, an error with status 200.
+    """
     try:
         data = json.loads(text)
         choice = data["choices"][0]
-        message, usage = choice["message"], data.get("usage") or {}
+        message = choice["message"]
+        usage = data.get("usage") or {}
         answer = message.get("content") or message.get("refusal") or ""
         if not isinstance(answer, str):
             raise TypeError("content is not a string")

@@ -20,6 +20,15 @@ from rlhf.model import NeoX
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
 from rlhf.summaries import COUNTED, Gold, Post, Summary, mean, sampled_summaries, summary_means, summary_rows
 
+HEADLINE = (  # of the first judge
+    "win_rate", "win_rate_low", "win_rate_high", "lc_win_rate", "lc_win_rate_low", "lc_win_rate_high",
+    "lc_extrapolated",
+)
+SUMMED = (
+    "response_length", "logprob", "ref_logprob",
+    "sample_length", "sample_entropy", "sample_kl", "sample_kl_full",
+)
+
 
 @torch.no_grad()
 def token_columns(
@@ -43,7 +52,7 @@ def summarise(
     posts: list[Post], references: list[Summary], R: int,
 ) -> list[dict]:
     """One row per post: the summary of at most R tokens by the checkpoint at `path`, and what is measured of
-    it without a judge, in nats and tokens with EOS. `cfg` is evaluate.Config."""
+    it without a judge, in nats per summary and in tokens with EOS. `cfg` is evaluate.Config."""
     model = frozen(from_pretrained(path, revision=cfg.revision, device=device, dtype=cfg.dtype))
     tokenizer = load_tokenizer(path, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, path)
@@ -57,23 +66,25 @@ def summarise(
             generator=generator, progress=f"{path}: {name}",
         )
 
-    def columns(responses: list, temperature: float) -> list[dict]:
+    def stats_of(responses: list, temperature: float) -> list[dict]:
         return token_columns(model, reference, prompts, responses, temperature, cfg.micro_batch_tokens)
 
     responses, ended = sample(cfg.temperature, cfg.top_p, cfg.seed, "summaries")
     summaries = sampled_summaries(tokenizer, responses, ended)
     counted = summary_rows(posts, references, summaries, gold)
-    judged = columns(responses, cfg.temperature or 1.0)
-    drawn = [None] * len(posts)
-    if cfg.sample_temperature and (cfg.temperature, cfg.top_p) == (cfg.sample_temperature, 1.0):
-        drawn = judged
-    elif cfg.sample_temperature:
+    stats = stats_of(responses, cfg.temperature or 1.0)
+    if not cfg.sample_temperature:
+        sample_stats = [None] * len(posts)
+    elif (cfg.temperature, cfg.top_p) == (cfg.sample_temperature, 1.0):
+        sample_stats = stats  # the summaries are such samples
+    else:
         others, _ = sample(cfg.sample_temperature, 1.0, cfg.seed + 1, "samples")
-        drawn = columns(others, cfg.sample_temperature)
-    return [
-        {**text_columns(*texts), **counts, **log_prob_columns(at), **sample_columns(on)}
-        for *texts, counts, at, on in zip(posts, references, summaries, counted, judged, drawn, strict=True)
-    ]
+        sample_stats = stats_of(others, cfg.sample_temperature)
+    rows = []
+    for i, texts in enumerate(zip(posts, references, summaries, strict=True)):
+        row = {**text_columns(*texts), **counted[i], **log_prob_columns(stats[i])}
+        rows.append({**row, **sample_columns(sample_stats[i])})
+    return rows
 
 
 def text_columns(post: Post, human: Summary, own: Summary) -> dict:
@@ -84,23 +95,23 @@ def text_columns(post: Post, human: Summary, own: Summary) -> dict:
     }
 
 
-def log_prob_columns(at: dict[str, torch.Tensor]) -> dict:
-    """Of the judged summary: its log-prob; with a reference also that one's, and the log-ratio per token."""
-    row = {"logprob": at["logprobs"].sum().item()}
-    if "ref_logprobs" in at:
-        row["ref_logprob"] = at["ref_logprobs"].sum().item()
-        row["log_ratios"] = (at["logprobs"] - at["ref_logprobs"]).tolist()
+def log_prob_columns(stats: dict[str, torch.Tensor]) -> dict:
+    """Of the judged summary: its log-prob; with a reference model also that one's, and the log-ratios."""
+    row = {"logprob": stats["logprobs"].sum().item()}
+    if "ref_logprobs" in stats:
+        row["ref_logprob"] = stats["ref_logprobs"].sum().item()
+        row["log_ratios"] = (stats["logprobs"] - stats["ref_logprobs"]).tolist()
     return row
 
 
-def sample_columns(on: dict[str, torch.Tensor] | None) -> dict:
+def sample_columns(stats: dict[str, torch.Tensor] | None) -> dict:
     """Of the sample that KL and entropy are measured on, if there is one."""
-    if on is None:
+    if stats is None:
         return {}
-    row = {"sample_length": len(on["logprobs"]), "sample_entropy": on["entropy"].sum().item()}
-    if "ref_logprobs" in on:
-        row["sample_kl"] = (on["logprobs"] - on["ref_logprobs"]).sum().item()
-        row["sample_kl_full"] = on["kl"].sum().item()
+    row = {"sample_length": len(stats["logprobs"]), "sample_entropy": stats["entropy"].sum().item()}
+    if "ref_logprobs" in stats:
+        row["sample_kl"] = (stats["logprobs"] - stats["ref_logprobs"]).sum().item()
+        row["sample_kl_full"] = stats["kl"].sum().item()
     return row
 
 
@@ -109,7 +120,7 @@ def summaries_of(rows: list[dict]) -> list[Summary]:
 
 
 def verdict(rows: list[dict], judge: str) -> dict:
-    """What a judge's preferences say: win rate, at equal length, by length, and how it treats the order."""
+    """What a judge's preferences say: win rate, at equal length, by length, and its position bias."""
     preferences = [row[f"preference/{judge}"] for row in rows]
     lengths = [row["response_length"] for row in rows]
     human = [row["reference_length"] for row in rows]
@@ -117,15 +128,6 @@ def verdict(rows: list[dict], judge: str) -> dict:
     if f"verdicts/{judge}" in rows[0]:
         numbers |= position_bias([row[f"verdicts/{judge}"] for row in rows])
     return {**numbers, "by_length": by_length(preferences, lengths, human)}
-
-
-HEADLINE = [f"{rate}{bound}" for rate in ("win_rate", "lc_win_rate") for bound in ("", "_low", "_high")]
-
-
-SUMMED = (
-    "response_length", "logprob", "ref_logprob",
-    "sample_length", "sample_entropy", "sample_kl", "sample_kl_full",
-)
 
 
 def log_prob_numbers(rows: list[dict]) -> dict[str, float]:
@@ -155,7 +157,7 @@ def measure(
     if step := re.search(r"(?:step_|checkpoint-)(\d+)$", path):
         result["step"] = int(step[1])
     if judges:
-        result |= {key: verdicts[judges[0]][key] for key in (*HEADLINE, "lc_extrapolated")}
+        result |= {key: verdicts[judges[0]][key] for key in HEADLINE}
     for column in ("gold", "gold_reference", "scores", "scores_reference"):
         if column in rows[0]:
             result[column] = mean([row[column] for row in rows])

@@ -1,8 +1,8 @@
-"""The page to look at: one HTML file with posts, references and the summaries of all checkpoints side by side.
+"""page.html: posts, references and the summaries of all checkpoints side by side, in one file.
 
-It opens from disk, without a network. Texts reach the page as JSON in a <script type="application/json">, with <, >
-and & as \\u escapes, and its script shows them with textContent only: nothing that a post contains is ever read as
-HTML.
+It opens from disk, without a network. Texts reach the page as JSON in a <script type="application/json">,
+with <, > and & as \\u escapes, and its script shows them with textContent only: nothing that a post contains
+is ever read as HTML.
 """
 
 import html
@@ -34,7 +34,10 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def embed(data: object) -> str:
     """JSON that may stand inside a <script>."""
-    return json.dumps(data, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = json.dumps(data, allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def number(value: float | None, digits: int = 4) -> float | None:
@@ -57,8 +60,10 @@ def summary_entry(row: dict, judges: list[str], tokenizer: Tokenizer) -> dict:
 def page_data(
     rows: dict[str, list[dict]], results: list[dict], judges: list[str], tokenizer: Tokenizer, limit: int,
 ) -> dict:
-    """{checkpoints: [numbers], judges, posts: [{query, reference, summaries: one per checkpoint}]}, of the first
-    `limit` posts (0 = all)."""
+    """What the page shows, of the first `limit` posts (0 = all).
+
+    {checkpoints: [numbers], judges, posts: [{query, reference, summaries: one per checkpoint}]}
+    """
     posts = []
     for together in list(zip(*rows.values(), strict=True))[: limit or None]:
         first = together[0]

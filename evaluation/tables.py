@@ -23,9 +23,11 @@ def write(path: Path, content: str | pa.Table) -> None:
 
 
 def write_sweep(out: Path, results: list[dict], rows: dict[str, list[dict]], judges: list[str]) -> list[dict]:
-    """metrics.jsonl (for study/plot.py) and sweep.csv, one line per checkpoint: its numbers, every judge's win rate
-    ("gold/win_rate"), and `difference`: by how much the first judge's win rate is above that of the first
-    checkpoint, on the same posts."""
+    """metrics.jsonl (for study/plot.py) and sweep.csv, one line per checkpoint.
+
+    Its numbers, every judge's win rate ("gold/win_rate"), and `difference`: by how much the first judge's win
+    rate is above that of the first checkpoint, on the same posts.
+    """
     lines = []
     for result in results:
         line = {key: value for key, value in result.items() if key != "judges"}
@@ -57,5 +59,5 @@ def show(lines: list[dict]) -> None:
         cells = [f"{line[c]:8.3f}" if line.get(c) is not None else " " * 8 for c in columns]
         print(f"{line['name']:{width}}", *cells)
     if far := [line["name"] for line in lines if line.get("lc_extrapolated")]:
-        print(f"lc_win of {', '.join(far)} is extrapolated: summary and reference differ in length by half or more, "
-              "few pairs are equally long")
+        print(f"lc_win of {', '.join(far)} is extrapolated: summary and reference differ in length by half "
+              "or more, few pairs are equally long")

@@ -72,8 +72,8 @@ def has_column(data_dir: str, name: str, column: str) -> bool:
 
 
 def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
-    """Raises UserError unless every token of the prepared data has the same id in the model's tokenizer, and a
-    row in its embedding. The model may know more tokens: published models differ by an added [PAD]."""
+    """Raises UserError unless every token of the prepared data has the same id in the model's tokenizer, and
+    a row in its embedding. The model may know more tokens: published models differ by an added [PAD]."""
     prepared = read_tokenizer(Path(data_dir) / "tokenizer.json").get_vocab()  # {token: id}
     own = tokenizer.get_vocab()
     if other := sorted((i, token) for token, i in prepared.items() if own.get(token) != i):
@@ -84,7 +84,9 @@ def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model:
             f"{own.get(token, 'unknown')} in the model; prepare the data again with --tokenizer={model}"
         )
     if (last := max(prepared.values())) >= vocab_size:
-        raise UserError(f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows")
+        raise UserError(
+            f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows"
+        )
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -123,8 +125,8 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
     another type, an id that a model has no embedding for, a response without tokens, a row beyond the
     context, a pair of two equal responses.
 
-    Without models only the types are known. A use is (table, rows, new): of its first `rows` (0 = all) the prompts, with `new` tokens to be sampled or
-    (0) the responses they have.
+    A use is (table, rows, new): of its first `rows` (0 = all) the prompts, with `new` tokens to be sampled or
+    (0) the responses they have. Without models the vocabulary and the context are not known, nor checked.
     """
     vocabulary = min((model.config.vocab_size for model in models), default=2**31)
     context = min((model.config.max_position_embeddings for model in models), default=2**31)

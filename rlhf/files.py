@@ -53,8 +53,8 @@ def move_in(aside: Path, out: Path, last: str) -> None:
 
 
 def check_data_dir(out: Path, world: str, overwrite: bool) -> None:
-    """Raises UserError unless `out` is a new directory, or prepared data of the same world (or what a kill left
-    of it) that --overwrite may replace."""
+    """Raises UserError unless `out` is a new directory, or prepared data of the same world (or what a kill
+    left of it) that --overwrite may replace."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file; use another one")
     if not out.exists() or not any(path.name != WRITING for path in out.iterdir()):

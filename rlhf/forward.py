@@ -1,4 +1,4 @@
-"""Groups -> numbers per token or per response: the only place that runs a model on a packed row and reads its head.
+"""Groups -> numbers per token or per response: the only place where a model reads a packed row, and its head.
 
 A precision (autocast) or a sharded head has to be known here and in `generate.py`, and nowhere else.
 """
@@ -36,7 +36,7 @@ class TokenStats:
 
 
 def known(ids: Tensor, rows: int) -> Tensor:
-    """Ids as another model reads what the policy sampled: padding for those beyond the `rows` of its vocabulary.
+    """Ids as another model reads what the policy sampled: padding for those beyond its `rows`.
     Pythia's vocabularies are padded from 50277 tokens to 50304 or 50432, depending on the size."""
     return torch.where(ids < rows, ids, PAD)
 

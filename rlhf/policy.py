@@ -44,10 +44,10 @@ def clipped_policy_loss(
     """PPO's clipped loss with one ratio per SEQUENCE, as in TRL's RLOOTrainer: losses (N, K), and for the log
     {"ratio", "clipfrac"} (N, K).
 
-    rho = exp(log pi(y) - log pi_old(y)), loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). `clipfrac` is 1
-    where the clipped branch is the larger one, i.e. where the sequence gives no gradient. At pi = pi_old the
-    gradient is that of -A log pi(y). The logged ratio is in float64: a far update makes one of 1e23, and its
-    square is beyond float32.
+    rho = exp(log pi(y) - log pi_old(y)), loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). `clipfrac` is
+    1 where the clipped branch is the larger one, i.e. where the sequence gives no gradient. At pi = pi_old
+    the gradient is that of -A log pi(y). The logged ratio is in float64: a far update makes one of 1e23, and
+    its square is beyond float32.
     """
     ratio = masked_sum(logprobs - old_logprobs.detach(), mask).exp()  # (N, K)
     unclipped = -advantages * ratio
@@ -77,6 +77,6 @@ def k2(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def k3(logp: Tensor, logq: Tensor) -> Tensor:
-    """(q/p - 1) - log(q/p): unbiased and never negative. Over sequence sums its exponential has a heavy tail."""
+    """(q/p - 1) - log(q/p): unbiased, never negative. Over sequence sums its exponential has a heavy tail."""
     d = logq - logp
     return torch.expm1(d) - d

@@ -2,9 +2,9 @@
 
     def name(prompts: list[str], texts: list[str]) -> list[float]
 
-of responses without their EOS; prompts[i] is the one that texts[i] answers. It is called with some prompts of the
-batch at a time, all K responses to each in a row. What it returns takes the place of the reward model's scores: the
-missing-EOS rule and the terms of --reward come after it.
+of responses without their EOS; prompts[i] is the one that texts[i] answers. It is called with some prompts of
+the batch at a time, all K responses to each in a row. What it returns takes the place of the reward model's
+scores: the missing-EOS rule and the terms of --reward come after it.
 """
 
 import importlib.util
@@ -41,8 +41,9 @@ def load_reward_fn(name: str) -> RewardFn:
         raise UserError(f"--reward_fn={name}: no such file: {path}")
     path = path.resolve()
     sys.path.append(str(path.parent))  # for what it imports from beside it
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_fn_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the file is the user's: anything can happen
@@ -55,7 +56,7 @@ def load_reward_fn(name: str) -> RewardFn:
 
 
 def rewards_of(reward_fn: RewardFn, prompts: list[str], texts: list[str]) -> Tensor:
-    """What `reward_fn` returns, (n,) float32. Raises RunError, with the prompt, unless that is n finite numbers."""
+    """What `reward_fn` returns, (n,) float32. RunError, with a prompt, unless it is n finite numbers."""
     name = f"--reward_fn: {getattr(reward_fn, '__name__', 'the function')}"
     go_on = "mend it and continue with --resume"
     try:
@@ -70,8 +71,8 @@ def rewards_of(reward_fn: RewardFn, prompts: list[str], texts: list[str]) -> Ten
         rewards = torch.as_tensor(returned, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise RunError(
-            f"{name} returned {shown(returned)}, no list of {len(texts)} numbers, for texts of which the first "
-            f"answers {shown(prompts[0])}; {go_on}"
+            f"{name} returned {shown(returned)}, no list of {len(texts)} numbers, for texts of which the "
+            f"first answers {shown(prompts[0])}; {go_on}"
         ) from error
     if rewards.shape != (len(texts),):
         raise RunError(

@@ -1,9 +1,10 @@
 """What RLOO maximises: the score, the missing-EOS rule, and terms of KL or entropy beside it.
 
-A reward term is one line on three numbers per response, `f(logprob, ref_logprob, length) -> (N, K)`: log pi(y|x)
-and log pi_ref(y|x) in nats per sequence, at the sampling temperature, and |y| in tokens, the first EOS included.
-It has no coefficient and no gradient. To add one, write the function and put it in REWARDS.
-The equation numbers are those of "Failure Modes of Maximum Entropy RLHF" (arXiv 2509.20265), called "the paper".
+A reward term is one line on three numbers per response, `f(logprob, ref_logprob, length) -> (N, K)`:
+log pi(y|x) and log pi_ref(y|x) in nats per sequence, at the sampling temperature, and |y| in tokens, the
+first EOS included. It has no coefficient and no gradient. To add one, write the function and put it in
+REWARDS.
+"The paper", whose equation numbers these are: "Failure Modes of Maximum Entropy RLHF" (arXiv 2509.20265).
 """
 
 import math
@@ -38,14 +39,15 @@ def minent_length(logprob: Tensor, ref_logprob: Tensor, length: Tensor) -> Tenso
 
 
 REWARDS = {"kl": kl, "maxent": maxent, "maxent_length": maxent_length, "minent_length": minent_length}
-COEFFICIENT = 0.05  # of a term that is given without one: N+'s beta for the KL
+# of a term that is given without one: the KL's in summarize_from_feedback_details (github vwxyzjn), ppo.py
+COEFFICIENT = 0.05
 
 
 def parse_reward(text: str) -> dict[str, float]:
     """"kl:0.05+maxent_length:0.1" -> {"score": 1.0, "kl": 0.05, "maxent_length": 0.1}.
 
-    The score's coefficient is 1 unless "score:0" (or another number) is given; that of a term without a number
-    is COEFFICIENT. Raises UserError for an unknown term, one that is named twice, and a bad coefficient.
+    The score's coefficient is 1 unless "score:0" (or another number) is given; that of a term without a
+    number is COEFFICIENT. UserError for an unknown term, one that is named twice, and a bad coefficient.
     """
     coefficients = {"score": 1.0}
     given = set()
@@ -53,7 +55,8 @@ def parse_reward(text: str) -> dict[str, float]:
         term, _, number = part.strip().partition(":")
         if term != "score" and term not in REWARDS:
             known = ", ".join(["score", *REWARDS])
-            raise UserError(f"--reward={text}: no term {term!r}; known: {known}, as in kl:0.05+maxent_length:0.1")
+            raise UserError(f"--reward={text}: no term {term!r}; known: {known}, "
+                            "as in kl:0.05+maxent_length:0.1")
         if term in given:
             raise UserError(f"--reward={text}: names {term!r} twice; change its coefficient instead")
         given.add(term)
@@ -62,7 +65,8 @@ def parse_reward(text: str) -> dict[str, float]:
         except ValueError:
             coefficients[term] = math.nan
         if not math.isfinite(coefficients[term]):
-            raise UserError(f"--reward={text}: {number!r} is no coefficient; it takes a number, as in {term}:0.1")
+            raise UserError(f"--reward={text}: {number!r} is no coefficient; it takes a number, "
+                            f"as in {term}:0.1")
     return coefficients
 
 
@@ -70,9 +74,9 @@ def summed(logprobs: Tensor, mask: Tensor, fill: float | None) -> Tensor:
     """(N, K, R) -> (N, K): log pi(y|x) without gradient. `fill`: the sum runs over the padding too, as if it
     held that number.
 
-    fill=1.0 is TRL's INVALID_LOGPROB, and exists for an ablation only. Dividing that sum by |y| adds (R - |y|)/|y|
-    to the mean log-prob: under the entropy reward of eq. 7 a hidden penalty of beta (R - |y|)/|y| on short
-    answers. The KL term is immune, the fill cancels.
+    fill=1.0 is TRL's INVALID_LOGPROB, and exists for an ablation only. Dividing that sum by |y| adds
+    (R - |y|)/|y| to the mean log-prob: under the entropy reward of eq. 7 a hidden penalty of
+    beta (R - |y|)/|y| on short answers. The KL term is immune, the fill cancels.
     """
     logprobs = logprobs.detach()
     return seq_logprobs(logprobs, mask) if fill is None else torch.where(mask, logprobs, fill).sum(-1)
@@ -84,8 +88,8 @@ def rlhf_reward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """scores (N, K) -> rewards (N, K), and the terms {name: (N, K)} without coefficient, for the log.
 
-    reward = sum over `coefficients` (parse_reward) of coefficient x score or term: the KL-constrained reward of
-    4.1 for "kl", eq. 6 for "maxent", eq. 7 for "maxent_length". No gradient: the log-probs are part of the
+    reward = sum over `coefficients` (parse_reward) of coefficient x score or term: the KL-constrained reward
+    of 4.1 for "kl", eq. 6 for "maxent", eq. 7 for "maxent_length". No gradient: the log-probs are part of the
     reward, as in TRL. logprobs and ref_logprobs are per token, (N, K, R).
     """
     logprob = summed(logprobs, mask, fill)  # (N, K)
@@ -103,7 +107,7 @@ def rlhf_reward(
 def missing_eos(scores: Tensor, ended: Tensor, *, rule: str, penalty: float) -> Tensor:
     """Scores (N, K) of the responses that have no EOS (ended (N, K) bool is False), after the rule:
 
-    replace   the score becomes -penalty (N+, and TRL up to 0.10; penalty 1)
+    replace   the score becomes -penalty (summarize_from_feedback_details, and TRL up to 0.10; penalty 1)
     subtract  the score is lowered by penalty (TRL from 0.11; penalty 1)
     none      the score stays
     """

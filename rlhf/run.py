@@ -27,10 +27,11 @@ from rlhf.out_dir import (
     unlock,
 )
 from rlhf.pretrained import load_weights, read_json, resolve, save_pretrained
+from rlhf.trackers import Trackers
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
     "out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile",
-    "gradient_checkpointing", "samples_every",
+    "gradient_checkpointing", "samples_every", "wandb", "tensorboard",
 }
 OTHER_SAMPLES = {"rollout_prompts", "eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
@@ -83,6 +84,7 @@ class Run:
         self.start = 0
         self.began = time.time()
         self.bar = None
+        self.track = Trackers(config)
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
         names = [getattr(config, name, "") for name in INPUTS]
@@ -190,6 +192,7 @@ class Run:
         self.last = {"step": step, **finite(metrics)}
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.last) + "\n")
+        self.track(step, finite(metrics))
         shown = {key.split("/")[-1]: f"{metrics[key]:.3g}" for key in show if key in metrics}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)

@@ -1,7 +1,8 @@
 """Posts and summaries as text, and what can be counted on a summary without a judge.
 
-ROUGE (the `rouge_score` package's, an extra), repetition, novelty against the post, distinct n-grams, and the gold
-reward where the caller has one. N-grams are of lower-case words; a text too short for one has rate 0.
+ROUGE (the `rouge_score` package's, an extra), repetition, novelty against the post, distinct n-grams,
+and the gold reward where the caller has one. N-grams are of lower-case words; a text too short for one has
+rate 0.
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.data import has_column, read_table
+from rlhf.files import write_file
 from rlhf.model import EOS
 from rlhf.pretrained import read_tokenizer
 from rlhf.run import finite
@@ -58,12 +60,13 @@ def read_column(data_dir: str, table: str, column: str, limit: int = 0) -> list:
 def read_posts(
     data_dir: str, table: str, columns: list[str], limit: int = 0,
 ) -> tuple[list[Post], dict[str, list]]:
-    """The posts of a prepared table, and the named further columns. A table without ids has the numbers of its rows."""
-    rows = {c: read_column(data_dir, table, c, limit) for c in ("query", "query_token", *columns)}
+    """The posts of a prepared table, and the named further columns. Rows without an id have their number."""
+    there = [c for c in ("id", "facts") if has_column(data_dir, table, c)]
+    names = ["query", "query_token", *there, *columns]
+    rows = {name: read_column(data_dir, table, name, limit) for name in names}
     n = len(rows["query"])
-    own = {c: read_column(data_dir, table, c, limit) for c in ("id", "facts") if has_column(data_dir, table, c)}
-    ids = own.get("id", [str(i) for i in range(n)])
-    facts = own.get("facts", [None] * n)
+    ids = rows.get("id", [str(i) for i in range(n)])
+    facts = rows.get("facts", [None] * n)
     return [Post(*row) for row in zip(ids, rows["query"], rows["query_token"], facts)], rows
 
 
@@ -79,7 +82,8 @@ def texts_of(tokenizer: Tokenizer, responses: list[list[list[int]]]) -> list[str
 def sampled_summaries(tokenizer: Tokenizer, responses: list[list[list[int]]], ended: Tensor) -> list[Summary]:
     """What `generate_all` returned, as N K summaries."""
     tokens = [ids for group in responses for ids in group]
-    return [Summary(*row) for row in zip(texts_of(tokenizer, responses), tokens, ended.flatten().tolist(), strict=True)]
+    texts = texts_of(tokenizer, responses)
+    return [Summary(*row) for row in zip(texts, tokens, ended.flatten().tolist(), strict=True)]
 
 
 SAMPLES = 3  # prompts of a batch that `log_samples` shows
@@ -89,7 +93,7 @@ def log_samples(
     file: Path, step: int, tokenizer: Tokenizer, prompts: list[list[int]], responses: list[list[list[int]]],
     batch: dict[str, Tensor],
 ) -> None:
-    """Adds the first prompts of a scored rollout to a jsonl file: text, score, reward and ended of each response.
+    """Adds the first prompts of a scored rollout to a jsonl file, each response with score, reward and ended.
     Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
     lines = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < step]
@@ -100,9 +104,7 @@ def log_samples(
         rows = zip(texts[n * K : (n + 1) * K], *columns, strict=True)
         shown = [finite(dict(zip(("text", "score", "reward", "ended"), row))) for row in rows]
         kept.append(json.dumps({"step": step, "prompt": prompt, "responses": shown}))
-    aside = file.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in kept))
-    aside.replace(file)
+    write_file(file, "".join(line + "\n" for line in kept))
 
 
 def gold_scores(gold: Gold, posts: list[Post], summaries: list[Summary]) -> list[float]:
@@ -113,13 +115,20 @@ def gold_scores(gold: Gold, posts: list[Post], summaries: list[Summary]) -> list
 
 
 def rouge_rows(references: list[str], summaries: list[str]) -> list[dict[str, float]] | None:
-    """F-measures of ROUGE-1, -2 and -L of each summary against its reference, without stemming as in N+; None without the package."""
+    """F-measures of ROUGE-1, -2 and -L of each summary against its reference; None without the package.
+
+    Without stemming, as in summarize_from_feedback_details (github vwxyzjn), sft.py.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         return None
     scorer = RougeScorer(list(ROUGE), use_stemmer=False)
-    return [{name: score.fmeasure for name, score in scorer.score(r, s).items()} for r, s in zip(references, summaries, strict=True)]
+    rows = []
+    for reference, summary in zip(references, summaries, strict=True):
+        scores = scorer.score(reference, summary)
+        rows.append({name: score.fmeasure for name, score in scores.items()})
+    return rows
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -135,12 +144,16 @@ def repetition(text: str, n: int = 3) -> float:
 
 def novelty(text: str, post: str, n: int = 2) -> float:
     """Share of a text's n-grams that the post does not have: 0 = copied from the post."""
-    grams, known = ngrams(text, n), set(ngrams(post, n))
+    grams = ngrams(text, n)
+    known = set(ngrams(post, n))
     return sum(gram not in known for gram in grams) / len(grams) if grams else 0.0
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Different n-grams over all n-grams of all texts together (distinct-n): low = the summaries of different posts say the same."""
+    """Different n-grams over all n-grams of all texts together (distinct-n).
+
+    Low = the summaries of different posts say the same.
+    """
     grams = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
@@ -174,7 +187,7 @@ def text_means(rows: list[dict[str, float]], summaries: list[str]) -> dict[str, 
 def summary_rows(
     posts: list[Post], references: list[Summary], summaries: list[Summary], gold: Gold | None,
 ) -> list[dict]:
-    """What is known of each summary without a model: ROUGE, repetition, novelty; with `gold` the gold rewards."""
+    """What is known of each summary without a model: ROUGE, repetition, novelty; with `gold` gold rewards."""
     rows = text_rows([p.query for p in posts], [r.text for r in references], [s.text for s in summaries])
     if not gold:
         return rows
@@ -183,9 +196,11 @@ def summary_rows(
     return [{**row, "gold": g, "gold_reference": h} for row, g, h in zip(rows, own, human, strict=True)]
 
 
-def summary_means(rows: list[dict], references: list[Summary], summaries: list[Summary]) -> dict[str, float | None]:
-    """Means of the `summary_rows`, the numbers of all texts together, length in tokens (EOS included), share of
-    summaries with an EOS."""
+def summary_means(
+    rows: list[dict], references: list[Summary], summaries: list[Summary],
+) -> dict[str, float | None]:
+    """Means of the `summary_rows`, the numbers of all texts together, length in tokens (EOS included), share
+    of summaries with an EOS."""
     return {
         **text_means(rows, [s.text for s in summaries]),
         "response_length": mean([len(s.tokens) for s in summaries]),
@@ -198,8 +213,8 @@ def summary_metrics(
     data_dir: str, table: str, tokenizer: Tokenizer, samples: list[list[list[int]]], ended: Tensor,
     gold: Gold | None,
 ) -> dict[str, float | None]:
-    """The few numbers a training script ends with, of one greedy summary for each first row of an sft table; ROUGE
-    where the table has references."""
+    """The few numbers a training script ends with, of one greedy summary for each first row of an sft table;
+    ROUGE where the table has references."""
     posts, _ = read_posts(data_dir, table, [], len(samples))
     summaries = sampled_summaries(tokenizer, samples, ended)
     metrics = {

@@ -1,6 +1,7 @@
 """Before any test: the project on the path, no network, a seed. And what several files share."""
 
 import inspect
+import json
 import os
 import sys
 from pathlib import Path
@@ -42,3 +43,38 @@ def generated(monkeypatch) -> list[dict]:
     for module in [m for m in sys.modules.values() if vars(m).get("generate") is generate]:
         monkeypatch.setattr(module, "generate", spy)
     return calls
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """prepare(files, ...) -> the tables that data/jsonl.py writes; a file is a list of rows, or of lines."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from own import TOKENIZER
+
+    from data import jsonl
+    monkeypatch.chdir(tmp_path)
+    TOKENIZER.save("tokenizer.json")
+
+    def run(files: dict[str, list], out_dir: str = "data", **options) -> dict[str, list[dict]]:
+        for name, rows in files.items():
+            if name.endswith(".parquet"):
+                pq.write_table(pa.Table.from_pylist(rows), name)
+            else:
+                lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+                Path(name).write_text("".join(line + "\n" for line in lines))
+        train = options.pop("train", ",".join(name for name in files if not name.startswith("valid")))
+        jsonl.main(jsonl.Config(train=train, tokenizer="tokenizer.json", out_dir=out_dir, **options))
+        return {path.stem: pq.read_table(path).to_pylist() for path in Path(out_dir).glob("*.parquet")}
+
+    return run
+
+
+@pytest.fixture
+def models(prepare):
+    """A policy `model` and a reward model `rm` beside the data that `prepare` writes."""
+    from own import TOKENIZER, small
+
+    from rlhf.pretrained import save_pretrained
+    save_pretrained(small(), TOKENIZER, Path("model"))
+    save_pretrained(small("score", seed=1), TOKENIZER, Path("rm"))

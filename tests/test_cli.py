@@ -1,4 +1,5 @@
-"""The command line, the tables and batches, and a run's directory: what a user types, and what is said when it cannot be done."""
+"""The command line, the tables and batches, and a run's directory: what a user types, and what is said when
+it cannot be done."""
 
 import importlib
 import inspect
@@ -19,7 +20,15 @@ from util import raw_config, tiny_tokenizer
 
 from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
 from rlhf.config import RunError, UserError, command_line, field_help
-from rlhf.data import batch_indices, check_distinct, check_tokenizer, has_column, read_meta, read_table, tables
+from rlhf.data import (
+    batch_indices,
+    check_distinct,
+    check_tokenizer,
+    has_column,
+    read_meta,
+    read_table,
+    tables,
+)
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained
 from rlhf.rewards import parse_reward
@@ -70,20 +79,44 @@ def fails(monkeypatch, capsys, *arguments, main=None) -> tuple[int, str]:
 
 def test_defaults_and_overrides(monkeypatch):
     assert parse(monkeypatch, "--out_dir=x") == Config(out_dir="x")
-    cfg = parse(monkeypatch, "--out_dir=a b", "--lr=1e-4", "--steps", "3", "--loss=simpo", "--k=4", "--clip=0.5", "--keep=3")
+    cfg = parse(
+        monkeypatch, "--out_dir=a b", "--lr=1e-4", "--steps", "3", "--loss=simpo", "--k=4", "--clip=0.5",
+        "--keep=3",
+    )
     assert cfg == Config(out_dir="a b", lr=1e-4, steps=3, loss="simpo", k=4, clip=0.5, keep=3)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("--resume", True), ("--resume=true", True), ("--resume=True", True), ("--resume=1", True), ("--resume=yes", True),
-    ("--resume=false", False), ("--resume=0", False), ("--resume=no", False)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("--resume", True),
+        ("--resume=true", True),
+        ("--resume=True", True),
+        ("--resume=1", True),
+        ("--resume=yes", True),
+        ("--resume=false", False),
+        ("--resume=0", False),
+        ("--resume=no", False),
+    ],
+)
 def test_booleans(text, value, monkeypatch):
     assert parse(monkeypatch, "--out_dir=x", text).resume is value
 
 
-@pytest.mark.parametrize("argument, named", [
-    ("--lrr=1", "--lrr=1"), ("--step=1", "--step=1"), ("lr=1", "lr=1"), ("--lr=fast", "--lr"), ("--steps=1.5", "--steps"), ("--loss=kto", "--loss"),
-    ("--k=3", "--k"), ("--resume=maybe", "expected true or false, got 'maybe'"), ("--clip=none", "--clip")])
+@pytest.mark.parametrize(
+    "argument, named",
+    [
+        ("--lrr=1", "--lrr=1"),
+        ("--step=1", "--step=1"),
+        ("lr=1", "lr=1"),
+        ("--lr=fast", "--lr"),
+        ("--steps=1.5", "--steps"),
+        ("--loss=kto", "--loss"),
+        ("--k=3", "--k"),
+        ("--resume=maybe", "expected true or false, got 'maybe'"),
+        ("--clip=none", "--clip"),
+    ],
+)
 def test_bad_options_end_with_code_2(argument, named, monkeypatch, capsys):
     code, line = fails(monkeypatch, capsys, "--out_dir=x", argument)
     assert code == 2 and named in line
@@ -99,8 +132,11 @@ def test_help_is_the_comments(monkeypatch, capsys):
         parse(monkeypatch, "--help")
     out = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for text in ("The command line, the tables", "I/O:", "optimization:", "where to write; 100% of it (required)", "peak learning rate [3e-06]",
-                 "{dpo,simpo} which loss [dpo]", "{2,4} samples [2]", "unset: no clipping [None]", "share of it [50%]", "[true|false] continue [False]"):
+    for text in (
+        "The command line, the tables", "I/O:", "optimization:", "where to write; 100% of it (required)",
+        "peak learning rate [3e-06]", "{dpo,simpo} which loss [dpo]", "{2,4} samples [2]",
+        "unset: no clipping [None]", "share of it [50%]", "[true|false] continue [False]",
+    ):
         assert text in out, text
     io, optimization = out.split("I/O:")[1].split("optimization:")  # each title once, its options under it
     assert "--resume" in io and "--lr" in optimization
@@ -123,8 +159,7 @@ class Explained:
 
 def test_a_comment_line_that_is_indented_further_continues_the_help():
     assert field_help(Explained) == {
-        "first": ("options", "one line"),
-        "second": ("options", "a line that goes on and on, to the end"),
+        "first": ("options", "one line"), "second": ("options", "a line that goes on and on, to the end"),
         "third": ("title (of the block below)", "after a title"),
         "long": ("title (of the block below)", "and its help below it both ways"),
         "other": ("another title", "the last"),
@@ -163,7 +198,9 @@ def test_every_row_once_per_epoch(n, batch_size):
 
 
 def test_batches_are_a_function_of_the_step():
-    assert [batch_indices(50, 8, step, 1) for step in (9, 3, 9)] == [batch_indices(50, 8, step, 1) for step in (9, 3, 9)]
+    assert [batch_indices(50, 8, step, 1) for step in (9, 3, 9)] == [
+        batch_indices(50, 8, step, 1) for step in (9, 3, 9)
+    ]
     state = torch.get_rng_state()
     one, other = (batch_indices(50, 8, 3, seed) for seed in (1, 2))
     assert one != other and torch.equal(torch.get_rng_state(), state)
@@ -171,7 +208,10 @@ def test_batches_are_a_function_of_the_step():
 
 @pytest.fixture
 def data_dir(tmp_path):
-    pq.write_table(pa.table({"id": ["a", "b", "c"], "query_token": [[3, 4], [5], [6, 7, 8]]}), tmp_path / "sft_train.parquet")
+    pq.write_table(
+        pa.table({"id": ["a", "b", "c"], "query_token": [[3, 4], [5], [6, 7, 8]]}),
+        tmp_path / "sft_train.parquet",
+    )
     pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "sft_train.parquet").read_bytes()[:-20])
     (tmp_path / "meta.json").write_text(json.dumps({"world": "toy", "response_tokens": 9}))
@@ -180,7 +220,9 @@ def data_dir(tmp_path):
 
 
 def test_tables(data_dir, tmp_path):
-    assert read_table(data_dir, "sft_train", ["query_token", "id"]) == {"query_token": [[3, 4], [5], [6, 7, 8]], "id": ["a", "b", "c"]}
+    assert read_table(data_dir, "sft_train", ["query_token", "id"]) == {
+        "query_token": [[3, 4], [5], [6, 7, 8]], "id": ["a", "b", "c"],
+    }
     assert read_table(data_dir, "sft_train", ["id"], limit=2) == {"id": ["a", "b"]}
     assert read_table(data_dir, "sft_train", ["id"], limit=9) == {"id": ["a", "b", "c"]}
     assert read_meta(data_dir) == {"world": "toy", "response_tokens": 9}
@@ -188,12 +230,19 @@ def test_tables(data_dir, tmp_path):
     assert tables(data_dir, "sft_") == ["sft_train"] and tables(data_dir, "pairs_") == []
 
 
-@pytest.mark.parametrize("name, columns, named", [
-    ("sft_test", ["id"], r"sft_test.parquet: no such table \(tables there: broken, empty, sft_train\)"),
-    ("sft_train", ["id", "facts", "batch"], r"sft_train.parquet: no column facts, batch \(columns there: id, query_token\)"),
-    ("empty", ["id"], "empty.parquet: the table is empty"),
-    ("broken", ["id"], "broken.parquet: not a readable parquet file"),
-])
+@pytest.mark.parametrize(
+    "name, columns, named",
+    [
+        ("sft_test", ["id"], r"sft_test.parquet: no such table \(tables there: broken, empty, sft_train\)"),
+        (
+            "sft_train",
+            ["id", "facts", "batch"],
+            r"sft_train.parquet: no column facts, batch \(columns there: id, query_token\)",
+        ),
+        ("empty", ["id"], "empty.parquet: the table is empty"),
+        ("broken", ["id"], "broken.parquet: not a readable parquet file"),
+    ],
+)
 def test_bad_tables(data_dir, name, columns, named):
     with pytest.raises(UserError, match=named):
         read_table(data_dir, name, columns)
@@ -237,7 +286,9 @@ def test_learning_rates():
 
 
 def small_model(seed=0):
-    return NeoX(NeoXConfig.from_dict(raw_config(vocab_size=300, hidden_size=24, num_hidden_layers=1))).init_weights(seed)
+    return NeoX(
+        NeoXConfig.from_dict(raw_config(vocab_size=300, hidden_size=24, num_hidden_layers=1))
+    ).init_weights(seed)
 
 
 def test_optimizer_step():
@@ -249,14 +300,16 @@ def test_optimizer_step():
     count = sum(p.numel() for p in model.parameters())
     assert optimizer_step(model, optimizer, 1.0, 1.0, 0) == pytest.approx(3 * count**0.5, rel=1e-5)
     for p, q in zip(model.parameters(), before):
-        torch.testing.assert_close(p, q - 0.1, rtol=0, atol=1e-5)  # Adam's first step is the learning rate in the gradient's sign
+        # Adam's first step is the learning rate in the gradient's sign
+        torch.testing.assert_close(p, q - 0.1, rtol=0, atol=1e-5)
         assert p.grad is None
 
 
 @pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)])
 def test_a_step_that_is_not_finite_ends_the_run_and_moves_nothing(loss, gradient):
     model = small_model()
-    optimizer, before = adamw(model, 0.1, eps=1e-8, weight_decay=0.0), [p.detach().clone() for p in model.parameters()]
+    optimizer = adamw(model, 0.1, eps=1e-8, weight_decay=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.full_like(p, gradient)
     with pytest.raises(RunError, match="step 7: .*not finite"):
@@ -275,11 +328,18 @@ def test_unknown_device():
 def test_what_is_not_finite_is_null_in_every_file(tmp_path, capsys):
     """Infinity and NaN are words of Python: no other reader of JSON knows them."""
     run, model = train(Config(out_dir=str(tmp_path / "run")), 1)
-    run.log(2, {"loss": math.inf, "kl": -math.inf, "gold": math.nan, "lr": 0.5, "eos": None, "rows": 3}, show=("loss", "gold"))
+    run.log(
+        2,
+        {"loss": math.inf, "kl": -math.inf, "gold": math.nan, "lr": 0.5, "eos": None, "rows": 3},
+        show=("loss", "gold"),
+    )
     result = run.finish(model, TOKENIZER, {"gold": math.nan, "kl": 1.5})
     printed = capsys.readouterr().out.splitlines()[-1]
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    last, written, said = (json.loads(text, parse_constant=pytest.fail) for text in (lines[-1], (tmp_path / "run/result.json").read_text(), printed))
+    last, written, said = (
+        json.loads(text, parse_constant=pytest.fail)
+        for text in (lines[-1], (tmp_path / "run/result.json").read_text(), printed)
+    )
     assert last == {"step": 2, "loss": None, "kl": None, "gold": None, "lr": 0.5, "eos": None, "rows": 3}
     assert written == said == result and (result["gold"], result["kl"]) == (None, 1.5)
 
@@ -321,7 +381,10 @@ def test_an_existing_run_is_refused(cfg):
     assert (out(cfg) / "ckpt").exists(), "nothing is removed before data and models are known to be good"
     model = small_model(0)
     assert run.begin(model, adamw(model, 0.5, eps=1e-5, weight_decay=0.0)) == 0
-    assert not (out(cfg) / "ckpt").exists() and json.loads((out(cfg) / "run.json").read_text())["config"]["lr"] == 0.5
+    assert (
+        not (out(cfg) / "ckpt").exists()
+        and json.loads((out(cfg) / "run.json").read_text())["config"]["lr"] == 0.5
+    )
 
 
 def test_overwrite_removes_only_runs(tmp_path):
@@ -382,16 +445,19 @@ def test_finished_run(cfg, capsys):
 
 
 SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "study.best_of_n", "study.plot",
-           "study.results", "data.toy", "data.tldr"]
+           "study.results", "data.toy", "data.tldr", "data.jsonl"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_option_without_help_and_no_title_without_options(name):
-    """A continued line is no title; and the docstring, the head of --help, has the lines that it shows in the source."""
+    """A continued line is no title; and the docstring, the head of --help, has the lines that it shows in the
+    source."""
     script = importlib.import_module(name)
     config = script.Config
     source = Path(script.__file__).read_text().removeprefix("r")
-    assert source.startswith(f'"""{script.__doc__}"""'), "a backslash in a docstring that is not raw joins lines"
+    assert source.startswith(f'"""{script.__doc__}"""'), (
+        "a backslash in a docstring that is not raw joins lines"
+    )
     helps = field_help(config)
     assert list(helps) == list(config.__dataclass_fields__)
     titles = {title for title, _ in helps.values()}
@@ -402,7 +468,8 @@ def test_no_option_without_help_and_no_title_without_options(name):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("runs/*.sh")), ids=lambda path: path.name)
 def test_run_scripts_name_what_exists(path):
-    """The presets are too long to be run here; a renamed script, option or reward must not be left behind in one."""
+    """The presets are too long to be run here; a renamed script, option or reward must not be left behind in
+    one."""
     known = {field for name in SCRIPTS for field in importlib.import_module(name).Config.__dataclass_fields__}
     lines = [line.split(" #")[0] for line in path.read_text().splitlines()]
     code = "\n".join(line for line in lines if not line.startswith("#") and "pip install" not in line)

@@ -1,4 +1,5 @@
-"""Numbers per token and per response from a packed row, against transformers run on one response at a time."""
+"""Numbers per token and per response from a packed row, against transformers run on one response at a
+time."""
 
 from copy import deepcopy
 from dataclasses import fields
@@ -49,8 +50,12 @@ def their_stats(theirs, reference=None, temperature: float = 1.0) -> dict[str, t
 
 def their_scores(theirs) -> torch.Tensor:
     """The reward after the last token of every response, (N, K)."""
-    return torch.stack([torch.stack([theirs(torch.tensor([prompt + answer])).logits[0, 0] for answer in answers])
-                        for prompt, answers in zip(PROMPTS, RESPONSES)])
+    return torch.stack(
+        [
+            torch.stack([theirs(torch.tensor([prompt + answer])).logits[0, 0] for answer in answers])
+            for prompt, answers in zip(PROMPTS, RESPONSES)
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +124,19 @@ def test_one_by_one_equals_packed(models, references):
     ours, reference = models["all at once", "embed_out"][0], references["narrower"][0]
     with torch.no_grad():
         together = token_stats(ours, packed(max_response=WIDEST), 0.7, reference, mean_logits=True)
-        alone = [[token_stats(ours, packed([p], [[answer]]), 0.7, reference, mean_logits=True) for answer in answers]
-                 for p, answers in zip(PROMPTS, RESPONSES)]
-        slices = [token_stats(ours, packed(PROMPTS[s], RESPONSES[s], max_response=WIDEST), 0.7, reference, mean_logits=True)
-                  for s in micro_batches(PROMPTS, RESPONSES, 20)]
+        alone = [
+            [
+                token_stats(ours, packed([p], [[answer]]), 0.7, reference, mean_logits=True)
+                for answer in answers
+            ]
+            for p, answers in zip(PROMPTS, RESPONSES)
+        ]
+        slices = [
+            token_stats(
+                ours, packed(PROMPTS[s], RESPONSES[s], max_response=WIDEST), 0.7, reference, mean_logits=True
+            )
+            for s in micro_batches(PROMPTS, RESPONSES, 20)
+        ]
     assert len(slices) > 1
     for name in COLUMNS:
         whole = getattr(together, name)
@@ -144,7 +158,11 @@ def test_response_scores(variant, models):
     (expected * weights).sum().backward()
     assert worst_gradient(ours, theirs) < GRADIENT_TOLERANCE
     with torch.no_grad():
-        alone = [response_scores(ours, packed([p], [[answer]])) for p, row in zip(PROMPTS, RESPONSES) for answer in row]
+        alone = [
+            response_scores(ours, packed([p], [[answer]]))
+            for p, row in zip(PROMPTS, RESPONSES)
+            for answer in row
+        ]
     assert error(torch.cat(alone).view(3, 3), scores) < TOLERANCE
 
 

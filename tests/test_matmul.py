@@ -1,4 +1,5 @@
-"""The CPU's matrix products: those of float64, with gradients, whatever the shape and the layout; and torch's own where oneDNN has none."""
+"""The CPU's matrix products: those of float64, with gradients, whatever the shape and the layout; and torch's
+own where oneDNN has none."""
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ from rlhf.groups import pack
 from rlhf.logprobs import chunks
 from rlhf.matmul import ROWS, Linear, by_onednn, linear, outer
 
-SHAPES = [(0, 8, 4), (1, 8, 4), (3, 1, 4), (5, 8, 1), (7, 64, 129), (300, 33, 512), (256, 33, 512), (128, 512, 48)]  # rows, inputs, outputs
+# rows, inputs, outputs
+SHAPES = [
+    (0, 8, 4),
+    (1, 8, 4),
+    (3, 1, 4),
+    (5, 8, 1),
+    (7, 64, 129),
+    (300, 33, 512),
+    (256, 33, 512),
+    (128, 512, 48),
+]
 
 
 def inputs(T, C, out):
@@ -19,7 +30,10 @@ def inputs(T, C, out):
 
 def with_gradients(function, tensors):
     y = function(*tensors)
-    return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), tensors)]
+    return [
+        y,
+        *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), tensors),
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -29,14 +43,16 @@ def test_value_and_gradients(shape, onednn, monkeypatch):
         pytest.skip("no oneDNN with AVX-512 here")
     monkeypatch.setattr(matmul, "ONEDNN", onednn)
     tensors = inputs(*shape)
-    assert by_onednn(*tensors[:2]) == (onednn and shape[0] in (1, 3, 5, 7, 128, 256))  # fewer than ROWS, or multiples of it
+    # fewer than ROWS, or multiples of it
+    assert by_onednn(*tensors[:2]) == (onednn and shape[0] in (1, 3, 5, 7, 128, 256))
     exact = with_gradients(F.linear, [t.detach().double().requires_grad_() for t in tensors])
     for found, expected in zip(with_gradients(linear, tensors), exact):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * shape[1] ** 0.5)
 
 
 def test_only_what_is_needed_is_computed(monkeypatch):
-    """A frozen weight costs no gradient, and neither does an input that has none; backward without one of them is the same for the other."""
+    """A frozen weight costs no gradient, and neither does an input that has none; backward without one of
+    them is the same for the other."""
     x, weight, bias = inputs(64, 8, 3)
     expected = with_gradients(linear, [x, weight, bias])
     calls = []
@@ -77,17 +93,24 @@ def test_outer_turns_the_narrower_one(a, b):
 def test_layouts():
     wide, weight = torch.randn(9, 40), torch.randn(12, 7)
     for x in (wide[:, 5:12], torch.randn(7, 9).T, wide[::2, :7]):
-        torch.testing.assert_close(linear(x, weight), (x.double() @ weight.double().T).float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            linear(x, weight), (x.double() @ weight.double().T).float(), rtol=1e-5, atol=1e-5
+        )
     x = torch.randn(3, 12)
-    torch.testing.assert_close(linear(x, weight.T), (x.double() @ weight.double()).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        linear(x, weight.T), (x.double() @ weight.double()).float(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_products_are_float32_not_a_narrower_type():
-    """1 + 2^-12 is a float32 and no bfloat16 or TF32: its square minus 1 would be 0 or off by 1e-3 of itself there."""
+    """1 + 2^-12 is a float32 and no bfloat16 or TF32: its square minus 1 would be 0 or off by 1e-3 of itself
+    there."""
     x = torch.full((4, 1), 1 + 2.0**-12)
     found = linear(torch.cat([x, -torch.ones_like(x)], 1), torch.tensor([[1 + 2.0**-12, 1.0]]))
     torch.testing.assert_close(found, torch.full((4, 1), 2.0**-11), rtol=2e-4, atol=0)
-    narrow = linear(torch.cat([x, -torch.ones_like(x)], 1).bfloat16(), torch.tensor([[1 + 2.0**-12, 1.0]]).bfloat16())
+    narrow = linear(
+        torch.cat([x, -torch.ones_like(x)], 1).bfloat16(), torch.tensor([[1 + 2.0**-12, 1.0]]).bfloat16()
+    )
     assert not torch.allclose(narrow.float(), torch.full((4, 1), 2.0**-11), rtol=2e-4, atol=0)
 
 
@@ -100,13 +123,16 @@ def test_the_operator_keeps_torchs_rules(biased):
 
 
 def test_compiled_is_the_same():
-    """With the tracers of torch.compile, not its code generator, which would need a C++ compiler; both kinds of row numbers."""
+    """With the tracers of torch.compile, not its code generator, which would need a C++ compiler; both kinds
+    of row numbers."""
     layer = Linear(16, 24)
     compiled = torch.compile(lambda x: F.gelu(layer(x)) + 1, dynamic=True, backend="aot_eager")
     for T in (5, 64, 192, 100):
         x = torch.randn(T, 16, requires_grad=True)
         plain = with_gradients(lambda x, *_: F.gelu(layer(x)) + 1, [x, *layer.parameters()])
-        for found, expected in zip(with_gradients(lambda x, *_: compiled(x), [x, *layer.parameters()]), plain):
+        for found, expected in zip(
+            with_gradients(lambda x, *_: compiled(x), [x, *layer.parameters()]), plain
+        ):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -41,7 +41,9 @@ OPTIMIZATION = OTHER_MODEL | dict(lr=0.05, schedule="constant", warmup=0.5, weig
 EPOCHS = OPTIMIZATION | dict(epochs=2.0)
 LOSS = dict(loss=dict(loss="simpo", ref_model=""), beta=1.0, gamma=0.5, gamma_beta_ratio=0.5,
             label_smoothing=0.1)
-REWARD = dict(reward="kl+maxent:0.1", invalid_logprob_fill=1.0, missing_eos="subtract", missing_eos_penalty=3.0)
+REWARD = dict(
+    reward="kl+maxent:0.1", invalid_logprob_fill=1.0, missing_eos="subtract", missing_eos_penalty=3.0
+)
 ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
 SAMPLING = dict(temperature=1.0, top_p=0.5)
 

@@ -41,12 +41,16 @@ def test_leave_one_out_identities(K):
     advantages = leave_one_out(rewards)
     close(advantages.sum(1), torch.zeros(5))
     close((K - 1) / K * advantages, rewards - rewards.mean(1, keepdim=True))
-    close(leave_one_out(rewards + torch.arange(5.0)[:, None]), advantages)  # a constant per prompt is no advantage
+    # a constant per prompt is no advantage
+    close(leave_one_out(rewards + torch.arange(5.0)[:, None]), advantages)
 
 
 def test_group_normalized_by_hand():
     """Mean 3, deviations (-2, -1, 3), variance 14/2."""
-    close(group_normalized(torch.tensor([[1.0, 2.0, 6.0]])), torch.tensor([[-2.0, -1.0, 3.0]]) / (math.sqrt(7) + 1e-4))
+    close(
+        group_normalized(torch.tensor([[1.0, 2.0, 6.0]])),
+        torch.tensor([[-2.0, -1.0, 3.0]]) / (math.sqrt(7) + 1e-4),
+    )
     close(group_normalized(torch.tensor([[5.0, 5.0]])), [[0.0, 0.0]])
 
 
@@ -63,7 +67,8 @@ def policy_gradient(responses, logits, rewards):
 
 
 def expected_rloo_gradient(responses, logits, scores, k, advantage, coefficients):
-    """Minus the expected gradient of the mean loss over a group, summed over all Y^k groups (N of them), each with its probability."""
+    """Minus the expected gradient of the mean loss over a group, summed over all Y^k groups (N of them), each
+    with its probability."""
     groups = torch.tensor(list(itertools.product(range(responses.count), repeat=k)))  # (N, k)
     mask = responses.mask[0][groups]  # (N, k, R)
     logprobs = responses.logprobs(logits)[0][groups]  # (N, k, R)
@@ -76,8 +81,9 @@ def expected_rloo_gradient(responses, logits, scores, k, advantage, coefficients
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("term, coefficient", [("kl", 0.3), ("maxent", 0.7), ("maxent_length", 0.7)])
 def test_expected_rloo_gradient_is_the_policy_gradient(k, term, coefficient):
-    """By enumeration of every group of k responses: RLOO is unbiased for sum_y grad pi(y) R(y), the bonus being part of the reward R.
-    With the baseline that includes the own sample, the gradient is (k-1)/k of it."""
+    """By enumeration of every group of k responses: RLOO is unbiased for sum_y grad pi(y) R(y), the bonus
+    being part of the reward R. With the baseline that includes the own sample, the gradient is (k-1)/k of
+    it."""
     responses, coefficients = Responses(vocab=3, length=2), {"score": 1.0, term: coefficient}
     g = torch.Generator().manual_seed(3)
     logits = torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64, requires_grad=True)
@@ -86,13 +92,16 @@ def test_expected_rloo_gradient_is_the_policy_gradient(k, term, coefficient):
     rewards, _ = rlhf_reward(scores[None], logprobs, logprobs * 0.5, responses.mask, coefficients)
     exact = policy_gradient(responses, logits, rewards[0])
     close(expected_rloo_gradient(responses, logits, scores, k, leave_one_out, coefficients), exact)
-    own = expected_rloo_gradient(responses, logits, scores, k, lambda r: r - r.mean(1, keepdim=True), coefficients)
+    own = expected_rloo_gradient(
+        responses, logits, scores, k, lambda r: r - r.mean(1, keepdim=True), coefficients
+    )
     close(own, (k - 1) / k * exact)
     assert (own - exact).abs().max() > 0.01
 
 
 def test_expected_rloo_gradient_of_eq_6_is_that_of_the_entropy_objective():
-    """Eq. 6 in the reward, detached, follows the exact gradient of E[r] + alpha H(pi), eq. 2: the rest, alpha E[grad log pi], is 0."""
+    """Eq. 6 in the reward, detached, follows the exact gradient of E[r] + alpha H(pi), eq. 2: the rest, alpha
+    E[grad log pi], is 0."""
     responses = Responses(vocab=3, length=2)
     g = torch.Generator().manual_seed(4)
     logits = torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64, requires_grad=True)
@@ -107,8 +116,9 @@ def test_expected_rloo_gradient_of_eq_6_is_that_of_the_entropy_objective():
 
 
 def test_clip_by_hand():
-    """Ratios 1.5 and 0.5 (one token moved by ln 1.5, the other response by ln 0.5 over two tokens), clip 0.2, advantages of both signs.
-    The loss is the larger of -A rho and -A clip(rho); where the clipped branch is larger the gradient is zero."""
+    """Ratios 1.5 and 0.5 (one token moved by ln 1.5, the other response by ln 0.5 over two tokens), clip 0.2,
+    advantages of both signs. The loss is the larger of -A rho and -A clip(rho); where the clipped branch is
+    larger the gradient is zero."""
     old = torch.zeros(2, 2, 3)
     mask = torch.tensor([[True, False, False], [True, True, False]]).expand(2, 2, 3)
     one = torch.tensor([[math.log(1.5), PAD, PAD], [math.log(0.5) / 2, math.log(0.5) / 2, PAD]])
@@ -119,12 +129,13 @@ def test_clip_by_hand():
     close(stats["ratio"], [[1.5, 0.5], [1.5, 0.5]])
     assert stats["clipfrac"].tolist() == [[True, False], [False, True]]
     losses.sum().backward()
-    close(logprobs.grad, torch.tensor([[[0.0] * 3, [-1.0, -1.0, 0.0]], [[3.0, 0.0, 0.0], [0.0] * 3]]))  # -A rho per kept token, or nothing
+    # -A rho per kept token, or nothing
+    close(logprobs.grad, torch.tensor([[[0.0] * 3, [-1.0, -1.0, 0.0]], [[3.0, 0.0, 0.0], [0.0] * 3]]))
 
 
 def test_the_square_of_a_far_ratio_is_finite():
-    """Sequence ratios of e^53, about 1e23, as a diverging run makes them: their mean square, about 1e46, is beyond
-    float32."""
+    """Sequence ratios of e^53, about 1e23, as a diverging run makes them: their mean square, about 1e46, is
+    beyond float32."""
     moved = torch.tensor([[53.0, 0.0]])[..., None]  # (1, 2, 1)
     mask = torch.ones(1, 2, 1, dtype=torch.bool)
     _, stats = clipped_policy_loss(moved, torch.zeros(1, 2, 1), torch.ones(1, 2), mask, clip=0.2)
@@ -137,13 +148,16 @@ def test_before_the_first_step_nothing_is_clipped():
     logprobs = LOGPROBS.clone().requires_grad_()
     losses, stats = clipped_policy_loss(logprobs, logprobs, torch.tensor([[0.5, -2.0]]), MASK, clip=0.2)
     close(losses, [[-0.5, 2.0]])
-    assert (stats["ratio"] == 1).all() and not stats["clipfrac"].any() and stats["clipfrac"].dtype == torch.bool
+    assert (
+        (stats["ratio"] == 1).all() and not stats["clipfrac"].any() and stats["clipfrac"].dtype == torch.bool
+    )
     losses.sum().backward()
     close(logprobs.grad, torch.tensor([[-0.5], [2.0]]) * MASK)
 
 
 def test_clipped_policy_loss_equals_trl():
-    """Values and gradients of RLOOTrainer's own loss on moved log-probs, clip 0.2; a token-level ratio would be another loss."""
+    """Values and gradients of RLOOTrainer's own loss on moved log-probs, clip 0.2; a token-level ratio would
+    be another loss."""
     pytest.importorskip("trl", reason="trl is not installed: the policy loss is not compared with TRL")
     from trl import RLOOTrainer
     N, K, R = 5, 3, 7
@@ -156,8 +170,10 @@ def test_clipped_policy_loss_equals_trl():
     accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
     flat = logprobs.flatten(0, 1)
     self = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (flat, torch.zeros_like(flat), None), epsilon_low=0.2, epsilon_high=0.2,
-        aux_loss_enabled=False, accelerator=accelerator, model=SimpleNamespace(training=True), _metrics={"train": metrics})
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (flat, torch.zeros_like(flat), None),
+        epsilon_low=0.2, epsilon_high=0.2, aux_loss_enabled=False, accelerator=accelerator,
+        model=SimpleNamespace(training=True), _metrics={"train": metrics},
+    )
     keep = mask.flatten(0, 1)
     prompt = torch.ones(N * K, 1, dtype=torch.long)
     theirs = RLOOTrainer._compute_loss(self, None, {
@@ -185,11 +201,17 @@ def test_kl_estimators_by_hand():
 
 
 def test_k1_and_k3_estimate_the_kl_of_their_first_argument():
-    """Expectation over p, by enumeration, per sequence: KL(p || q), not KL(q || p); k2 is biased. Each k2 and k3 is never negative."""
+    """Expectation over p, by enumeration, per sequence: KL(p || q), not KL(q || p); k2 is biased. Each k2 and
+    k3 is never negative."""
     responses = Responses(vocab=3, length=3)
     g = torch.Generator().manual_seed(6)
-    logp, logq = (seq_logprobs(responses.logprobs(torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64)), responses.mask)[0]
-                  for _ in range(2))
+    logp, logq = (
+        seq_logprobs(
+            responses.logprobs(torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64)),
+            responses.mask,
+        )[0]
+        for _ in range(2)
+    )
     forward, backward = (logp.exp() * (logp - logq)).sum(), (logq.exp() * (logq - logp)).sum()
     assert (forward - backward).abs() > 0.05
     for estimator in (k1, k3):

@@ -5,19 +5,14 @@ import json
 import math
 import re
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from data import toy
 from evaluation.statistics import t_interval
 from rlhf.config import UserError
-from rlhf.model import NeoX, NeoXConfig
-from rlhf.pretrained import load_tokenizer, save_pretrained
-from study import best_of_n, claims, early_warning, questions, results
+from study import claims, early_warning, questions, results
 from study.arms import GAMMAS, HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Study
 from study.claims import CLAIMS
 from study.logs import RunLog, find_runs, select
@@ -26,7 +21,8 @@ from study.standing import Standing, drops, smoothed
 UPDATES = 64
 SEEDS = (1, 2, 3)
 SFT = 0.3  # gold reward of the SFT model
-MAXENT = {"reward": "maxent_length", "coefficient": 0.1, "lr": HIGH, "clip": 0.2, "invalid_logprob_fill": None}
+MAXENT = {"reward": "maxent_length", "coefficient": 0.1}
+USUAL = {"lr": HIGH, "clip": 0.2, "invalid_logprob_fill": None}
 
 
 def noise(*key) -> np.random.Generator:
@@ -39,7 +35,7 @@ def rloo(
 ) -> RunLog:
     """Gold from SFT's to `end` by way of `peak`; the entropy bonus changes by `bonus`; KL linear or flat
     after a quarter; drift: third quarter over second."""
-    config = {**MAXENT, "seed": seed, **config}
+    config = {**MAXENT, **USUAL, "seed": seed, **config}
     random = noise(size, seed, config)
     t = np.arange(UPDATES) / (UPDATES - 1)
     middle = (SFT + end) / 2 if peak is None else peak
@@ -326,42 +322,3 @@ def test_runs_are_found_by_their_settings(tmp_path):
     assert select([a, b], "train_rloo", reward="kl", coefficient=0.2) == [a, b]
     with pytest.raises(UserError, match="no run in it"):
         find_runs(tmp_path / "a")
-
-
-# --- best of n
-
-
-def test_best_of_n_equals_all_subsets():
-    scores = torch.rand(2, 6)
-    values = torch.rand(2, 6)
-
-    def brute(i: int, n: int) -> float:
-        best = [max(subset, key=lambda j: scores[i, j]) for subset in combinations(range(6), n)]
-        return np.mean([values[i, j].item() for j in best])
-
-    for n in range(1, 7):
-        expected = np.mean([brute(i, n) for i in range(2)])
-        assert best_of_n.expected_best(scores, values, n) == pytest.approx(expected)
-        assert best_of_n.chance_to_win(6, n).sum().item() == pytest.approx(1)
-
-
-def test_best_of_n_script(tmp_path):
-    sizes = {"posts": 8, "pairs": 8, "rankings": 8, "validation": 6, "test": 8}
-    toy.main(toy.Config(out_dir=str(tmp_path / "data"), size="small", **sizes))
-    config = NeoXConfig.from_dict(json.loads((tmp_path / "data/base/config.json").read_text()))
-    for name, head in (("sft", "embed_out"), ("rm", "score")):
-        model = NeoX(config, head).init_weights(0)
-        save_pretrained(model, load_tokenizer(str(tmp_path / "data/base")), tmp_path / name)
-    paths = {name: str(tmp_path / name) for name in ("data", "sft", "rm", "bon")}
-    cfg = best_of_n.Config(
-        data_dir=paths["data"], model=paths["sft"], reward_model=paths["rm"], out_dir=paths["bon"],
-        samples=6, device="cpu",
-    )
-    best_of_n.main(cfg)
-    lines = [json.loads(line) for line in (tmp_path / "bon/metrics.jsonl").read_text().splitlines()]
-    assert [line["n"] for line in lines] == [1, 2, 4, 6] and "gold" in lines[0]
-    for key in ("scores", "kl"):
-        column = [line[key] for line in lines]
-        assert column == sorted(column) and len(set(column)) > 1
-    with pytest.raises(UserError, match="--overwrite"):
-        best_of_n.main(cfg)

@@ -35,7 +35,10 @@ def test_masked_by_hand():
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1.0])
 def test_padding_reaches_neither_value_nor_gradient(garbage):
     x = torch.where(MASK, LOGPROBS, garbage).requires_grad_()
-    for f, value, slope in [(masked_sum, [[-3.0, -6.0]], [[1.0], [1.0]]), (masked_mean, [[-1.5, -1.5]], [[0.5], [0.25]])]:
+    for f, value, slope in [
+        (masked_sum, [[-3.0, -6.0]], [[1.0], [1.0]]),
+        (masked_mean, [[-1.5, -1.5]], [[0.5], [0.25]]),
+    ]:
         close(f(x, MASK), value)
         close(torch.autograd.grad(f(x, MASK).sum(), x)[0], torch.tensor(slope) * MASK)
 
@@ -61,7 +64,8 @@ def test_every_term_is_tested_by_hand():
 
 
 def test_a_term_gets_the_sums_of_the_kept_tokens_and_their_number(monkeypatch):
-    """What rlhf_reward hands to a term: NUMBERS, of these log-probs; without gradient, whatever the padding holds."""
+    """What rlhf_reward hands to a term: NUMBERS, of these log-probs; without gradient, whatever the padding
+    holds."""
     seen = []
     monkeypatch.setitem(REWARDS, "seen", lambda *numbers: seen.append(numbers) or numbers[0] * 0)
     rlhf_reward(torch.zeros(1, 2), LOGPROBS.clone().requires_grad_(), REF, MASK, {"score": 1.0, "seen": 1.0})
@@ -84,9 +88,12 @@ def test_rlhf_reward_by_hand(coefficients, expected):
     close(rewards, expected)
     assert list(terms) == list(coefficients)
     assert not rewards.requires_grad and not any(term.requires_grad for term in terms.values())
-    without, same = rlhf_reward(scores, logprobs, REF, MASK, {"score": 1.0, **dict.fromkeys(coefficients, 0.0)})
+    without, same = rlhf_reward(
+        scores, logprobs, REF, MASK, {"score": 1.0, **dict.fromkeys(coefficients, 0.0)}
+    )
     close(without, [[1.0, 2.0]])
-    assert all(torch.equal(terms[t], same[t]) for t in terms)  # free of the coefficients: a run with 0 has curves too
+    # free of the coefficients: a run with 0 has curves too
+    assert all(torch.equal(terms[t], same[t]) for t in terms)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1.0, -2.5])
@@ -112,8 +119,8 @@ def test_terms_do_not_depend_on_padding(name, garbage):
 
 
 def test_fill_is_a_hidden_penalty_on_short_answers():
-    """TRL's INVALID_LOGPROB = 1.0 under eq. 7 takes beta (R - |y|) / |y| from the reward: at beta = 0.1 and R = 53, an
-    answer of 20 tokens loses 0.165, one of 10 tokens 0.43, one without EOS nothing. KL is immune."""
+    """TRL's INVALID_LOGPROB = 1.0 under eq. 7 takes beta (R - |y|) / |y| from the reward: at beta = 0.1 and R
+    = 53, an answer of 20 tokens loses 0.165, one of 10 tokens 0.43, one without EOS nothing. KL is immune."""
     beta, R = 0.1, 53
     mask = torch.arange(R) < torch.tensor([[20, 10, 53]])[..., None]  # (1, 3, R)
     g = torch.Generator().manual_seed(0)
@@ -123,13 +130,17 @@ def test_fill_is_a_hidden_penalty_on_short_answers():
     def rewards(term, fill):
         return rlhf_reward(scores, logprobs, ref, mask, {"score": 1.0, term: beta}, fill)[0]
 
-    close(rewards("maxent_length", None) - rewards("maxent_length", 1.0), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]])
-    close(rewards("minent_length", 1.0) - rewards("minent_length", None), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]])
+    close(
+        rewards("maxent_length", None) - rewards("maxent_length", 1.0), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]]
+    )
+    close(
+        rewards("minent_length", 1.0) - rewards("minent_length", None), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]]
+    )
     close(rewards("maxent", None) - rewards("maxent", 1.0), [[0.1 * 33, 0.1 * 43, 0.0]])
     close(rewards("kl", 1.0), rewards("kl", None))
     close(rewards("maxent_length", 0.0), rewards("maxent_length", None))
-    # The twin: the masked reward stays when padding is added, the filled one drifts with it, by beta * 7 / |y| for 7
-    # more positions.
+    # The twin: the masked reward stays when padding is added, the filled one drifts with it, by beta * 7 /
+    # |y| for 7 more positions.
     wide = [F.pad(x, (0, 7)) for x in (logprobs, ref, mask)]
     drifts = [(None, [[0.0, 0.0, 0.0]]), (1.0, [[-0.1 * 7 / 20, -0.1 * 7 / 10, -0.1 * 7 / 53]])]
     for fill, drift in drifts:
@@ -195,10 +206,20 @@ def test_a_reward_that_cannot_be_read_is_named(text, message):
 # --- missing EOS
 
 
-@pytest.mark.parametrize("rule, penalty, expected", [
-    ("replace", 1.0, [[3.0, -1.0]]), ("subtract", 1.0, [[3.0, 4.0]]), ("subtract", 2.5, [[3.0, 2.5]]), ("none", 1.0, [[3.0, 5.0]])])
+@pytest.mark.parametrize(
+    "rule, penalty, expected",
+    [
+        ("replace", 1.0, [[3.0, -1.0]]),
+        ("subtract", 1.0, [[3.0, 4.0]]),
+        ("subtract", 2.5, [[3.0, 2.5]]),
+        ("none", 1.0, [[3.0, 5.0]]),
+    ],
+)
 def test_missing_eos(rule, penalty, expected):
-    close(missing_eos(torch.tensor([[3.0, 5.0]]), torch.tensor([[True, False]]), rule=rule, penalty=penalty), expected)
+    close(
+        missing_eos(torch.tensor([[3.0, 5.0]]), torch.tensor([[True, False]]), rule=rule, penalty=penalty),
+        expected,
+    )
 
 
 def test_unknown_missing_eos_rule():

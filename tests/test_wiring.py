@@ -105,13 +105,14 @@ def test_only_the_policy_is_trainable(tiny, script):
 
 @pytest.mark.parametrize("ppo_epochs", [1, 2, 3])
 def test_the_scoring_pass_is_the_first_learning_pass(tiny, ppo_epochs):
-    """Of the policy on the packed rows of an update: one pass with a gradient per epoch, and one without it after them,
-    for the drift; none for the scoring alone."""
+    """Of the policy on the packed rows of an update: one pass with a gradient per epoch, and one without it
+    after them, for the drift; none for the scoring alone."""
     passes = []
 
     def look(module, inputs):
         trainable = isinstance(module, NeoX) and any(p.requires_grad for p in module.parameters())
-        if trainable and isinstance(getattr(inputs[2], "__self__", None), Groups):  # else a step of generation
+        # else a step of generation
+        if trainable and isinstance(getattr(inputs[2], "__self__", None), Groups):
             passes.append("learns" if torch.is_grad_enabled() else "looks")
 
     handle = register_module_forward_pre_hook(look)
