@@ -105,6 +105,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--advantage={cfg.advantage}: known are {', '.join(ADVANTAGES)}")
     if bool(cfg.reward_model) == bool(cfg.reward_fn):
         raise UserError("what is the reward? give --reward_model or --reward_fn, one of the two")
+    if cfg.k < 2:
+        raise UserError(f"--k={cfg.k} must be at least 2: the others of a prompt are the baseline")
     if cfg.temperature <= 0:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
     if cfg.batch_size % cfg.k:

@@ -161,8 +161,8 @@ def main(cfg: Config) -> dict:
 
     greedy, ended = generate_all(model, valid["query_token"], 1, R, batch=64, progress="greedy samples")
     quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, gold(cfg.data_dir))
-    result = {"loss": out.last.get("loss"), "eval/loss": validation_loss(), **quality}
-    return out.finish(model, tokenizer, result)
+    losses = {"loss": out.last.get("loss"), "eval/loss": validation_loss()}
+    return out.finish(model, tokenizer, {**losses, **quality})
 
 
 if __name__ == "__main__":

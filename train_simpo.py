@@ -186,7 +186,7 @@ def main(cfg: Config) -> dict:
     check_tables(
         cfg.data_dir, list(models.values()), (table, cfg.train_rows, 0),
         ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
-        *([("sft_train", 0, 0)] if sft else []),
+        *([("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []),
     )
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:

@@ -1,4 +1,5 @@
-"""Which prepared data has a true reward: the toy world's, whose gold reward is exact. Nobody knows that of real posts."""
+"""Which prepared data has a true reward: the toy world's, whose gold reward is exact. Nobody knows that of
+real posts."""
 
 import json
 from collections.abc import Callable

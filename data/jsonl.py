@@ -23,7 +23,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.tldr import encode, load_tokenizer, read_rows, value  # noqa: E402
+from data.rows import encode, load_tokenizer, read_rows, value  # noqa: E402
 from data.toy import write_parquet  # noqa: E402
 from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
 from rlhf.files import check_apart, check_data_dir, data_aside, move_data_in  # noqa: E402
@@ -204,7 +204,8 @@ def main(cfg: Config) -> None:
     check_ranges(cfg)
     if cfg.response_tokens < 2:
         raise UserError(f"--response_tokens={cfg.response_tokens} must be at least 2: a token and the EOS")
-    check_apart(cfg.out_dir, *cfg.train.split(","), *cfg.validation.split(","))
+    inputs = [name for name in (*cfg.train.split(","), *cfg.validation.split(","), cfg.tokenizer) if name]
+    check_apart(cfg.out_dir, *(name for name in inputs if Path(name).exists()))
     check_data_dir(out, "own", cfg.overwrite)
     tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
     tables, counted = {}, {}

@@ -29,7 +29,8 @@ Judge = Callable[[list[Post], list[Summary], list[Summary]], list[float]]
 
 
 class ScoreJudge:
-    """The higher score wins, equal scores are a tie, nan is no verdict. `score(posts, summaries)` gives one number each."""
+    """The higher score wins, equal scores are a tie, nan is no verdict. `score(posts, summaries)` gives one
+    number each."""
 
     def __init__(self, score: Callable[[list[Post], list[Summary]], list[float]]):
         self.score = score

@@ -36,8 +36,8 @@ def read_template(path: str) -> tuple[str, str]:
 
 
 def fill(template: str, *texts: str) -> str:
-    """In one pass: what a post says in double braces is left as it is. A heading in a text (### Summary B:) is
-    escaped as in Markdown, so that none but the template's own ends a summary."""
+    """In one pass: what a post says in double braces is left as it is. A heading in a text (### Summary B:)
+    is escaped as in Markdown, so that none but the template's own ends a summary."""
     slots = dict(zip(SLOTS, [text.replace("###", r"\#\#\#") for text in texts], strict=True))
     return re.sub(r"\{\{(post|summary_a|summary_b)\}\}", lambda match: slots[match[1]], template)
 

@@ -66,8 +66,8 @@ class LLMJudge:
         self.seed = seed
         url = urlsplit(judge_url)
         if url.username or url.password or SECRET.search(url.query):
-            raise UserError(f"--judge_url holds a password or a key, and would be written to run.json: put the key "
-                            f"into the environment variable {KEY}")
+            raise UserError("--judge_url holds a password or a key, and would be written to run.json: "
+                            f"put the key into the environment variable {KEY}")
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(f"--judge_url={judge_url}: expected http://HOST:PORT/v1 or https://HOST/v1")
         local = url.hostname in ("localhost", "127.0.0.1", "::1")
@@ -219,7 +219,7 @@ class LLMJudge:
             except (self.openai.APIError, ValueError) as error:
                 # its price stays reserved: the server may have answered and may bill it
                 problem = self.clean(error)
-                if type(error.__cause__).__name__ == "ConnectError":  # nobody there: nothing was sent, nothing is billed
+                if type(error.__cause__).__name__ == "ConnectError":  # nothing was sent, nothing is billed
                     self.budget.settle(reserved, 0, 0)
                     problem = f"no connection to {self.url}: {error.__cause__}"
                     if not self.connected and attempt + 1 >= TRIES_TO_CONNECT:

@@ -125,8 +125,8 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
     another type, an id that a model has no embedding for, a response without tokens, a row beyond the
     context, a pair of two equal responses.
 
-    A use is (table, rows, new): of its first `rows` (0 = all) the prompts, with `new` tokens to be sampled or
-    (0) the responses they have. Without models the vocabulary and the context are not known, nor checked.
+    Without models only the types are known. A use is (table, rows, new): of its first `rows` (0 = all) the
+    prompts, with `new` tokens to be sampled or (0) the responses they have.
     """
     vocabulary = min((model.config.vocab_size for model in models), default=2**31)
     context = min((model.config.max_position_embeddings for model in models), default=2**31)
@@ -168,8 +168,9 @@ def check_ids(path: Path, column: str, ids: pa.Array, vocabulary: int) -> np.nda
         check_lists(path, column, ids, rows)
         count = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
         if len(other := np.flatnonzero((count != count[0]) | (count < 2))):
-            raise UserError(f"{path}: row {other[0]} has {count[other[0]]} responses, the first row "
-                            f"{count[0]}; every row needs the same number, at least 2")
+            i = other[0]
+            raise UserError(f"{path}: row {i} has {count[i]} responses and row 0 has {count[0]}; every ranking "
+                            "needs the same number, at least 2")
         rows = np.repeat(rows, count)
         ids = pc.list_flatten(ids)
     check_lists(path, column, ids, rows)

@@ -117,3 +117,11 @@ def response_scores(reward_model: NeoX, groups: Groups) -> Tensor:
         ids = known(groups.ids, reward_model.config.vocab_size)
         hidden = reward_model(ids, groups.positions, groups.attend)  # (T, C)
     return reward_model.scores(hidden[groups.last])  # (N, K)
+
+
+def token_values(critic: NeoX, groups: Groups) -> Tensor:
+    """A critic's value of the state before each response token, (N, K, R), differentiable; 0 in the
+    padding."""
+    with critic.autocast():
+        hidden = predicting(critic, groups, known(groups.ids, critic.config.vocab_size))  # (M, C)
+    return groups.unpack(critic.scores(hidden))  # (N, K, R)

@@ -162,23 +162,41 @@ def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
+def mixed_logits(models: list[NeoX], hidden: list[Tensor], mixture: float) -> Tensor:
+    """Next-token logits (B, V) from the hidden states (B, C) of one model, or of model and reference."""
+    logits = [m.embed_out(h).float() for m, h in zip(models, hidden)]  # (B, V) each
+    return logits[0] if len(logits) == 1 else (1 - mixture) * logits[0] + mixture * logits[1]
+
+
+def check_vocabularies(models: list[NeoX]) -> None:
+    sizes = [m.config.vocab_size for m in models]
+    if len(set(sizes)) > 1:
+        raise UserError(f"a mixture of models needs one vocabulary: the model has {sizes[0]} tokens, "
+                        f"the reference {sizes[1]}")
+
+
 @torch.no_grad()
 def generate(
     model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *,
     temperature: float = 1.0, top_p: float = 1.0, generator: torch.Generator | None = None,
+    reference: NeoX | None = None, mixture: float = 0.0,
 ) -> tuple[list[list[list[int]]], Tensor]:
     """K sampled responses to each of N prompts; temperature and top_p as in `sample`.
 
+    mixture  every token is drawn from softmax((1 - mixture) logits + mixture reference's logits), the
+             geometric mixture of model and reference: 0 is the model alone, 1 the reference alone.
     Returns the token ids, [N][K][length], each up to and including its first EOS, and `ended` (N, K) bool:
     whether there was one within `max_new_tokens`.
     Raises UserError if prompt plus response would leave the model's context.
     """
+    models = [model, reference] if 0 < mixture < 1 else [reference if mixture else model]
     N = len(prompts)
     R = max_new_tokens
     device = model.device
     prompt_lengths = [len(p) for p in prompts]
     longest = max(prompt_lengths)
-    context = model.config.max_position_embeddings
+    context = min(m.config.max_position_embeddings for m in models)
+    check_vocabularies(models)
     if longest + R > context:
         raise UserError(f"a prompt of {longest} tokens and {R} new ones are more than the model's context "
                         f"({context})")
@@ -191,15 +209,17 @@ def generate(
     time = torch.zeros(1, dtype=torch.long, device=device)
 
     def step() -> Tensor:
-        hidden = model(new, positions, cache.decode(time))  # (N K, C)
-        return model.embed_out(hidden).float()  # (N K, V)
+        hidden = [m(new, positions, cache.decode(time)) for m, cache in zip(models, caches)]  # (N K, C) each
+        return mixed_logits(models, hidden, mixture)  # (N K, V)
 
     with model.autocast():
         groups = pack(prompts, [[]] * N, max_positions=context, device=device)
-        cache = Cache.allocate(model, prompt_lengths, K, R)
-        hidden = model(groups.ids, groups.positions, cache.prefill(groups))  # (T, C)
+        caches = [Cache.allocate(m, prompt_lengths, K, R) for m in models]
         ends = torch.tensor([start + P - 1 for start, P, _ in groups.segments[:N]], device=device)
-        logits = model.embed_out(hidden[ends]).float()  # (N, V)
+        hidden = [
+            m(groups.ids, groups.positions, cache.prefill(groups))[ends] for m, cache in zip(models, caches)
+        ]  # (N, C) each
+        logits = mixed_logits(models, hidden, mixture)  # (N, V)
         logits = logits.repeat_interleave(K, 0)  # (N K, V): the K samples start from the same distribution
         decode = step
         for t in range(R):
@@ -224,12 +244,15 @@ def generate(
 def generate_all(
     model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *, batch: int,
     temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None,
-    progress: str | None = None,
+    reference: NeoX | None = None, mixture: float = 0.0, progress: str | None = None,
 ) -> tuple[list[list[list[int]]], Tensor]:
     """`generate` over any number of prompts, `batch` at a time, with a progress bar named `progress`."""
     all_responses = []
     all_ended = []
-    options = {"temperature": temperature, "top_p": top_p, "generator": generator}
+    options = {
+        "temperature": temperature, "top_p": top_p, "generator": generator, "reference": reference,
+        "mixture": mixture,
+    }
     hidden = None if progress else True  # None: shown on a terminal only
     for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=hidden, leave=False):
         responses, ended = generate(model, prompts[start : start + batch], K, max_new_tokens, **options)

@@ -92,14 +92,17 @@ def simpo_pl(logprobs, _, mask, *, beta=2.0, gamma=0.5):
     return (log_normalizers - competitors.diagonal(dim1=1, dim2=2)).sum(-1), rewards.detach()
 
 
-def ipo(logprobs, ref_logprobs, mask, *, beta=0.05):
-    """(h - 1/(2 beta))^2, h as in `dpo`, sums over tokens: eq. 17 of IPO (arXiv 2310.12036), beta its tau.
+def ipo(logprobs, ref_logprobs, mask, *, beta=0.05, labels=None):
+    """(h - (P - 1/2) / beta)^2, h as in `dpo`, sums over tokens: IPO (arXiv 2310.12036), beta its tau.
 
+    labels  probability P that the chosen response is the better one, a number or (N,); None: 1, which is
+            eq. 17, (h - 1/(2 beta))^2.
     As in the DPO repository and in TRL's online trainers. TRL's DPOTrainer divides both log-ratios by their
     lengths first: `ipo_length`.
     """
     log_ratios = seq_logprobs(logprobs, mask) - seq_logprobs(ref_logprobs, mask)  # (N, 2)
-    return (margin(log_ratios) - 1 / (2 * beta)) ** 2, (beta * log_ratios).detach()
+    target = 0.5 / beta if labels is None else (labels - 0.5) / beta
+    return (margin(log_ratios) - target) ** 2, (beta * log_ratios).detach()
 
 
 def dpo_length(logprobs, ref_logprobs, mask, *, beta=2.0, gamma=0.0, label_smoothing=0.0):
@@ -160,19 +163,21 @@ def extras(loss: Callable) -> set[str]:
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is None}
 
 
-def loss_options(name: str, given: dict[str, float | None]) -> dict[str, float]:
+def loss_options(
+    name: str, given: dict[str, float | None], losses: dict[str, Callable] = PREFERENCE_LOSSES,
+) -> dict[str, float]:
     """All options of the loss called `name`: its defaults, and what is given (not None) instead.
 
     UserError for an unknown loss, and for a given option that it does not have: a run must not record
     gamma=0.5 when its loss has no margin.
     """
-    if name not in PREFERENCE_LOSSES:
-        raise UserError(f"--loss={name}: known are {', '.join(PREFERENCE_LOSSES)}")
-    options = defaults(PREFERENCE_LOSSES[name])
+    if name not in losses:
+        raise UserError(f"--loss={name}: known are {', '.join(losses)}")
+    options = defaults(losses[name])
     given = {key: value for key, value in given.items() if value is not None}
     for option in given:
         if option not in options:
-            having = [other for other, loss in PREFERENCE_LOSSES.items() if option in defaults(loss)]
+            having = [other for other, loss in losses.items() if option in defaults(loss)]
             raise UserError(f"--{option}: the loss {name} has none; these have it: {', '.join(having)}")
     return options | given
 

@@ -89,7 +89,8 @@ class NeoXConfig:
                 most = 1000 if field.name == "num_hidden_layers" else 2**21  # a hang, or all memory
                 sensible = sensible and 0 <= value <= most and (field.type is float or value > 0)
             if not sensible:
-                raise UserError(f"config.json: {field.name} is {value!r}, which is no sensible {field.type.__name__}")
+                kind = field.type.__name__
+                raise UserError(f"config.json: {field.name} is {value!r}, which is no sensible {kind}")
         config = NeoXConfig(**known)
         if config.hidden_act not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)

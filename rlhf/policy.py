@@ -56,6 +56,60 @@ def clipped_policy_loss(
     return torch.maximum(unclipped, limited), {"ratio": ratio.detach().double(), "clipfrac": clipped}
 
 
+# --- with a critic (PPO)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438), per token: (..., R) -> (..., R), 0 in the padding.
+
+    A_t = sum_{s>=t} (gamma lam)^(s-t) delta_s,  delta_t = reward_t + gamma V_{t+1} - V_t, with V = 0 after
+    the last token. lam = 1 and V = 0 give the sum of the rewards to come.
+    """
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.where(mask, values, 0.0)
+    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)  # (..., R)
+    deltas = rewards + gamma * following - values  # (..., R), 0 in the padding
+    advantages = torch.zeros_like(values)
+    last = torch.zeros_like(values[..., 0])
+    for t in reversed(range(values.shape[-1])):
+        last = deltas[..., t] + gamma * lam * last
+        advantages[..., t] = last
+    return torch.where(mask, advantages, 0.0)
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over all kept positions, (...) -> (...), 0 elsewhere (with 1e-8 under the root,
+    as in summarize_from_feedback_details/ppo.py)."""
+    kept = values[mask]
+    return torch.where(mask, (values - kept.mean()) / (kept.var() + 1e-8).sqrt(), 0.0)
+
+
+def clipped_token_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss with one ratio per TOKEN: losses (N, K, R), and for the log {"ratio", "clipfrac"}.
+
+    Positions where mask is False hold 0 (a ratio of 1).
+    """
+    ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()  # (N, K, R)
+    unclipped = -advantages * ratio
+    limited = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    losses = torch.where(mask, torch.maximum(unclipped, limited), 0.0)
+    clipped = limited.detach() > unclipped.detach()
+    return losses, {"ratio": ratio.detach().double(), "clipfrac": clipped}
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float,
+) -> Tensor:
+    """Half the squared error of the critic per token, (N, K, R), 0 in the padding: the larger one of V and of
+    V clipped to old V +- clip (summarize_from_feedback_details/ppo.py).
+    """
+    limited = old_values + (values - old_values).clamp(-clip, clip)
+    error = torch.maximum((values - returns) ** 2, (limited - returns) ** 2)
+    return torch.where(mask, error / 2, 0.0)
+
+
 # --- KL estimators (Schulman, "Approximating KL divergence")
 # Each estimates KL(p || q), in nats, from what was sampled from p: first argument log p, second log q.
 # Elementwise: per-token log-probs give per-token estimates, sequence sums per-sequence ones.

@@ -16,7 +16,12 @@ from rlhf.groups import Groups, micro_batches
 from rlhf.masked import masked_mean, seq_logprobs
 from rlhf.model import EOS, NeoX
 
-COLUMNS = {"labels": "preference", "scores": "rewards", "objectives": "objectives"}  # extra: its column
+# extra: its columns
+COLUMNS = {
+    "labels": ["preference"],
+    "scores": ["rewards"],
+    "objectives": ["chosen_parts", "rejected_parts"],  # named parts of each response's reward
+}
 AGAIN = "\n\nTL;DR:"  # after an answer that is shown: asks for another one
 
 Batch = dict[str, list | Tensor]
@@ -29,21 +34,25 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
     """A table of pairs or rankings with the columns that the loss reads. UserError names what is missing."""
     ranked = table.startswith("rankings")
     columns = ["responses_token"] if ranked else ["chosen_token", "rejected_token"]
-    wanted = {extra: column for extra, column in COLUMNS.items() if extra in reads}
-    if not ranked:  # of a pair its order is the ranking
-        wanted.pop("scores", None)
-    for column in wanted.values():
-        if not has_column(data_dir, table, column):
+    wanted = [extra for extra in COLUMNS if extra in reads]
+    if not ranked and "scores" in wanted:  # the order of a pair is its ranking
+        wanted.remove("scores")
+    columns += [column for extra in wanted for column in COLUMNS[extra]]
+    for column in columns:
+        if not has_column(data_dir, table, column) and not column.endswith("_token"):
             raise UserError(f"{data_dir}/{table}.parquet has no column {column}, which --loss={loss} reads: "
                             "make the data with python data/toy.py --out_dir=... (the toy world knows it)")
     check_tables(data_dir, [], (table, limit, 0))
-    rows = read_table(data_dir, table, ["query_token", *columns, *wanted.values()], limit)
-    if ranked:
-        responses = rows["responses_token"]
-    else:
-        responses = [list(pair) for pair in zip(rows["chosen_token"], rows["rejected_token"])]
-    batch = {"prompts": rows["query_token"], "responses": responses}
-    batch |= {extra: rows[column] for extra, column in wanted.items()}
+    rows = read_table(data_dir, table, ["query_token", *columns], limit)
+    pairs = None if ranked else [list(pair) for pair in zip(rows["chosen_token"], rows["rejected_token"])]
+    batch = {"prompts": rows["query_token"], "responses": pairs or rows["responses_token"]}
+    if "labels" in wanted:
+        batch["labels"] = rows["preference"]
+    if "scores" in wanted:
+        batch["scores"] = rows["rewards"]
+    if "objectives" in wanted:
+        both = zip(rows["chosen_parts"], rows["rejected_parts"])
+        batch["objectives"] = [[better[part] - worse[part] for part in better] for better, worse in both]
     check_preferences(f"{data_dir}/{table}.parquet", batch)
     return batch
 
@@ -55,15 +64,11 @@ def read_sft(data_dir: str, table: str) -> Batch:
 
 
 def check_preferences(path: str, batch: Batch) -> None:
-    K = len(batch["responses"][0])
-    for i, responses in enumerate(batch["responses"]):
-        if len(responses) != K:
-            raise UserError(f"{path}: row {i} has {len(responses)} responses and row 0 has {K}; "
-                            "every ranking needs the same number")
     for i, label in enumerate(batch.get("labels", [])):
         if label is None or not 0 <= label <= 1:
             raise UserError(f"{path}: the preference of row {i} is {label}; it is a probability, from 0 to 1")
     for i, scores in enumerate(batch.get("scores", [])):
+        K = len(batch["responses"][i])
         if len(scores) != K:
             raise UserError(f"{path}: row {i} has {len(scores)} rewards for {K} responses")
 

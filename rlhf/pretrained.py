@@ -42,7 +42,7 @@ def downloaded(hub_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client has a dozen error types; each means: the model could not be had
+    except Exception as error:  # the client has a dozen error types; each means: not to be had
         said = str(error).splitlines()[0]
         raise UserError(
             f"{hub_id} (revision {revision}): not a local directory, and the hub says: {said}"
@@ -72,8 +72,8 @@ def check_weights(directory: Path, name: str) -> None:
 
 
 def check_padding(config: dict, name: str) -> None:
-    """Warns of a reward model that transformers, which looks for the last token that is no padding, would read
-    elsewhere."""
+    """Warns of a reward model that transformers, which looks for the last token that is no padding, would
+    read elsewhere."""
     if config.get("pad_token_id") == EOS:
         print(
             f"warning: {name}: its padding token is the EOS, so TRL and transformers read its score at the "
@@ -94,43 +94,58 @@ def read_json(path: Path) -> dict:
 
 
 def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copies the safetensors of `directory` (one file or a sharded index; float16, bfloat16 or float32) into `model`, one tensor at a time.
+    """Copies the safetensors of `directory` (one file or a sharded index; float16, bfloat16 or float32)
+    into `model`, one tensor at a time.
 
-    Strict: a tensor missing here or there is an error, but for the mask and rotary buffers of old Pythia files and the names in `skip`.
+    Strict: a tensor missing here or there is an error, but for the mask and rotary buffers of old Pythia
+    files and the names in `skip`.
     """
-    index = directory / "model.safetensors.index.json"
-    single = (directory / "model.safetensors").exists() or not index.exists()  # where both lie, transformers takes the one file too
-    files = ["model.safetensors"] if single else sorted(set(read_json(index)["weight_map"].values()))
     wanted = dict(model.named_parameters())
     left = set(wanted) - set(skip)
-    for name in files:
-        if not (directory / name).exists():
-            raise UserError(f"{directory / name}: missing (an incomplete download or checkpoint?)")
+    buffers = (".attention.bias", ".masked_bias", ".rotary_emb.inv_freq")
+    tied = {"embed_out.weight"} if model.config.tie_word_embeddings else set()
+    for file in weight_files(directory):
         try:
-            with safe_open(directory / name, "pt") as file:
-                keys = list(file.keys())
+            with safe_open(file, "pt") as tensors:
+                keys = [key for key in tensors.keys() if key not in skip and not key.endswith(buffers)]
             for key in keys:
-                if key in skip or key.endswith((".attention.bias", ".masked_bias", ".rotary_emb.inv_freq")):
-                    continue
-                if key == "embed_out.weight" and model.config.tie_word_embeddings and key not in wanted:
-                    continue
-                if key not in wanted:
-                    raise UserError(f"{directory / name}: unexpected tensor {key}")
-                # opened for each tensor: the pages of a mapped file count as memory of this process until it is closed, a second copy of the model
-                with safe_open(directory / name, "pt") as file, torch.no_grad():
-                    if (shape := file.get_slice(key).get_shape()) != list(wanted[key].shape):
-                        raise UserError(f"{directory / name}: {key} has shape {shape}, config.json asks for {list(wanted[key].shape)}")
-                    wanted[key].copy_(file.get_tensor(key))
-                if not all_finite(wanted[key]):
-                    raise UserError(f"{directory / name}: {key} holds numbers that are not finite "
-                                    "(a run that diverged?)")
-                left.discard(key)
+                if key in wanted:
+                    copy_tensor(file, key, wanted[key])
+                    left.discard(key)
+                elif key not in tied:
+                    raise UserError(f"{file}: unexpected tensor {key}")
         except UserError:
             raise
         except Exception as error:  # safetensors raises its own SafetensorError for truncated files
-            raise UserError(f"{directory / name}: not a readable safetensors file ({error}); half-written?") from error
+            raise UserError(f"{file}: not a readable safetensors file ({error}); half-written?") from error
     if left:
-        raise UserError(f"{directory}: tensors missing from the file: {', '.join(sorted(left)[:4])}" + (" ..." if len(left) > 4 else ""))
+        names = ", ".join(sorted(left)[:4]) + (" ..." if len(left) > 4 else "")
+        raise UserError(f"{directory}: tensors missing from the file: {names}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """One file, or the shards of an index; where both lie, transformers takes the one file too."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists() and not (directory / names[0]).exists():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if not (directory / name).exists():
+            raise UserError(f"{directory / name}: missing (an incomplete download or checkpoint?)")
+    return [directory / name for name in names]
+
+
+@torch.no_grad()
+def copy_tensor(file: Path, key: str, parameter: torch.Tensor) -> None:
+    """The file is opened for each tensor: the pages of a mapped file count as memory of this process until it
+    is closed, and that would be a second copy of the model."""
+    with safe_open(file, "pt") as tensors:
+        shape = tensors.get_slice(key).get_shape()
+        if shape != list(parameter.shape):
+            raise UserError(f"{file}: {key} has shape {shape}, config.json asks for {list(parameter.shape)}")
+        parameter.copy_(tensors.get_tensor(key))
+    if not all_finite(parameter):
+        raise UserError(f"{file}: {key} holds numbers that are not finite (a run that diverged?)")
 
 
 @torch.no_grad()
@@ -186,55 +201,75 @@ def from_pretrained(
         load_weights(model, directory, skip)
         if new_head:
             std = 1 / math.sqrt(config.hidden_size + 1)
+            noise = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed))
             with torch.no_grad():
-                model.score.weight.copy_(torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed)) * std)
+                model.score.weight.copy_(noise * std)
     return model
 
 
-def save_pretrained(model: NeoX, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5_000_000_000) -> None:
-    """Writes config.json, model.safetensors (sharded above `shard_bytes`) and the tokenizer: a directory that `transformers` opens with the same numbers."""
-    for name, tensor in model.named_parameters():
-        if not all_finite(tensor):
-            raise RunError(f"{name} holds numbers that are not finite, so the model was not saved: lower --lr")
-    directory.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_dict() | dict.fromkeys(["dtype", "torch_dtype"], str(dtype).removeprefix("torch."))
-    if model.head == "embed_out":
-        config["architectures"] = ["GPTNeoXForCausalLM"]
-    else:
-        config |= {"architectures": ["GPTNeoXForSequenceClassification"], "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    tensors = dict(model.named_parameters())  # named_parameters lists a tied weight once, under its first name, as transformers does
-    shards, size = [{}], 0
+def save_pretrained(
+    model: NeoX, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json, model.safetensors (sharded above `shard_bytes`) and the tokenizer: a directory
+    that `transformers` opens with the same numbers."""
+    tensors = dict(model.named_parameters())  # a tied weight once, under its first name, as transformers does
     for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * dtype.itemsize
-        if size + bytes_ > shard_bytes and shards[-1]:
-            shards.append({})
+        if not all_finite(tensor):
+            raise RunError(f"{name} holds numbers that are not finite, so it was not saved: lower --lr")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", saved_config(model, dtype))
+
+    shards = [[]]  # names of the tensors in each
+    size = 0
+    for name, tensor in tensors.items():
+        own = tensor.numel() * dtype.itemsize
+        if size + own > shard_bytes and shards[-1]:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += bytes_
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in shard.items()}, directory / name, metadata={"format": "pt"})
+        shards[-1].append(name)
+        size += own
+    files = ["model.safetensors"]
     if len(shards) > 1:
-        weight_map = {k: name for name, shard in zip(names, shards) for k in shard}
-        total = sum(t.numel() * dtype.itemsize for t in tensors.values())
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        copies = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(copies, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)
     save_tokenizer(tokenizer, directory, model.config.max_position_embeddings)
+
+
+def saved_config(model: NeoX, dtype: torch.dtype) -> dict:
+    """The config.json of a model: its architecture, and which class of transformers opens it."""
+    config = model.config.to_dict()
+    config |= dict.fromkeys(["dtype", "torch_dtype"], str(dtype).removeprefix("torch."))
+    if model.head == "embed_out":
+        return config | {"architectures": ["GPTNeoXForCausalLM"]}
+    labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    return config | {"architectures": ["GPTNeoXForSequenceClassification"], **labels}
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """tokenizer.json and the two small files that make `AutoTokenizer.from_pretrained` open it."""
     tokenizer.save(str(directory / "tokenizer.json"))
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|padding|>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "padding_side": "right", **special}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    end = "<|endoftext|>"
+    special = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": "<|padding|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    write_json(directory / "tokenizer_config.json", {**config, "padding_side": "right", **special})
+    write_json(directory / "special_tokens_map.json", special)
 
 
 def load_tokenizer(path_or_id: str, revision: str = "main") -> Tokenizer:
-    """The tokenizer.json of a model directory or hub id. Raises UserError if its EOS is not token 0, as it is in
-    the GPT-NeoX tokenizer: data and samples here end in that one."""
+    """The tokenizer.json of a model directory or hub id. Raises UserError if its EOS is not token 0, as it
+    is in the GPT-NeoX tokenizer: data and samples here end in that one."""
     directory = resolve(path_or_id, revision)
     tokenizer = read_tokenizer(directory / "tokenizer.json")
     if (file := directory / "tokenizer_config.json").exists():
@@ -242,8 +277,8 @@ def load_tokenizer(path_or_id: str, revision: str = "main") -> Tokenizer:
         eos = eos.get("content") if isinstance(eos, dict) else eos
         if eos is not None and (found := tokenizer.token_to_id(eos)) != EOS:
             raise UserError(
-                f"{path_or_id}: its tokenizer ends a text with {eos!r} (token {found}); only models whose EOS "
-                f"is token {EOS}, {tokenizer.id_to_token(EOS)!r} here, are supported (Pythia, GPT-NeoX)"
+                f"{path_or_id}: its tokenizer ends a text with {eos!r} (token {found}); only models whose "
+                f"EOS is token {EOS}, {tokenizer.id_to_token(EOS)!r} here, are supported (Pythia, GPT-NeoX)"
             )
     return tokenizer
 

@@ -143,7 +143,8 @@ class Run:
                                 "--overwrite")
 
     def begin(
-        self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None
+        self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None,
+        critic: NeoX | None = None,
     ) -> int:
         """Now that data and models are known to be good, touches the directory: sets aside what is there
         (--overwrite) or restores its newest checkpoint (--resume). Returns the step to go on from."""
@@ -157,7 +158,7 @@ class Run:
                 log.unlink(missing_ok=True)
             print(f"{self.out}: no checkpoint to resume, starting at step 0")
         else:
-            self.start = restore(checkpoints, model, optimizer, generator)
+            self.start = restore(checkpoints, model, optimizer, generator, critic)
             if self.start > self.steps:
                 raise UserError(f"{checkpoints[0]}: this command makes only {self.steps} updates")
             print(f"resuming {self.out} at step {self.start} of {self.steps}")
@@ -201,7 +202,7 @@ class Run:
 
     def checkpoint(
         self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, critic: NeoX | None = None,
     ) -> None:
         """Every --save_every steps: ckpt/step_N, a Hugging Face directory, trainer.pt and checksums.json.
 
@@ -220,6 +221,8 @@ class Run:
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         if generator is not None:
             state["generator"] = generator.get_state()
+        if critic is not None:
+            state["critic"] = critic.state_dict()
         save_state(state, aside / "trainer.pt")
         sums = {file.name: checksum(file) for file in sorted(aside.iterdir())}
         (aside / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n")
@@ -274,14 +277,15 @@ def read_lines(metrics: Path, last: int) -> list[str]:
 
 
 def restore(
-    checkpoints: list[Path], model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None
+    checkpoints: list[Path], model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None,
+    critic: NeoX | None,
 ) -> int:
     """Loads the newest checkpoint; returns its step."""
     newest = checkpoints[0]
     try:
         check_whole(newest)
         load_weights(model, newest)
-        state = load_state(newest / "trainer.pt", optimizer)
+        state = load_state(newest / "trainer.pt", optimizer, critic)
     except UserError as error:
         advice = "it was the only one: start anew with --overwrite"
         if len(checkpoints) > 1:
@@ -296,10 +300,12 @@ def restore(
     return state["step"]
 
 
-def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict:
+def load_state(path: Path, optimizer: torch.optim.Optimizer, critic: NeoX | None) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
+        if critic is not None:
+            critic.load_state_dict(state["critic"])
         torch.set_rng_state(state["rng"])
         return {"step": int(state["step"]), "generator": state.get("generator")}
     except Exception as error:  # torch raises whatever zip, pickle and a foreign content raise

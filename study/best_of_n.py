@@ -58,7 +58,7 @@ class Config:
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA,
-    #                     float32 on CPU
+                         # float32 on CPU
     micro_batch_tokens: int = 8192  # tokens in one forward; changes memory and speed, not the result
     rollout_prompts: int = 16  # prompts in one generation call
 

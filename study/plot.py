@@ -49,7 +49,7 @@ TITLES = {  # what an axis says; a metric that is not here goes by its own name
 class Config:
     # I/O
     runs: str  # runs joined by ',': [label=]directory or pattern, several matches of one pattern are seeds;
-    #            with --figure [label=]folder of runs
+               # with --figure [label=]folder of runs
     metrics: str = "scores,gold,kl,entropy"  # columns of metrics.jsonl joined by ',': one panel each
     figure: str = ""  # instead of --metrics: 1 to 12, gold_kl, proxy_gold, best_of_n or reward_gold
     out: str = "curves.png"  # the picture

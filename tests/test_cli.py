@@ -444,8 +444,10 @@ def test_finished_run(cfg, capsys):
 # --- every script, and the presets
 
 
-SCRIPTS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "study.best_of_n", "study.plot",
-           "study.results", "data.toy", "data.tldr", "data.jsonl"]
+SCRIPTS = [
+    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "evaluate",
+    "study.best_of_n", "study.plot", "study.results", "data.toy", "data.tldr", "data.jsonl",
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

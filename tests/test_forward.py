@@ -107,9 +107,33 @@ def test_columns_that_nobody_asked_for_are_none(models, references):
     with torch.no_grad():
         alone = token_stats(ours, packed())
         beside = token_stats(ours, packed(), reference=references["another"][0])
-    assert [field.name for field in fields(alone)] == list(COLUMNS)
-    assert (alone.ref_logprobs, alone.kl, alone.mean_logits, beside.mean_logits) == (None,) * 4
+    rest = {field.name for field in fields(alone)} - {"logprobs", "entropy"}
+    assert {name for name in rest if getattr(alone, name) is not None} == set()
+    assert {name for name in rest if getattr(beside, name) is not None} == {"ref_logprobs", "kl"}
     assert torch.equal(alone.logprobs, beside.logprobs) and torch.equal(alone.entropy, beside.entropy)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_best_tokens(temperature, models):
+    """Their log-probs, with gradients, and which of them is the response's own."""
+    ours, theirs = models["all at once", "embed_out"]
+    ours.zero_grad(), theirs.zero_grad()
+    stats = token_stats(ours, packed(), temperature, top_k=3)
+    best = []
+    own = []
+    for prompt, answers in zip(PROMPTS, RESPONSES):
+        for answer in answers:
+            logits = theirs(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]  # (R, V)
+            top = (logits / temperature).log_softmax(-1).topk(3)  # (R, 3)
+            best.append(top.values)
+            own.append(top.indices == torch.tensor(answer)[:, None])
+    assert torch.equal(stats.top_is_token, padded(own)) and stats.top_is_token.any()
+    assert error(stats.top_logprobs, padded(best)) < TOLERANCE
+    assert torch.equal(stats.logprobs, token_stats(ours, packed(), temperature).logprobs)
+    weights = torch.randn(stats.top_logprobs.shape)
+    (stats.top_logprobs * weights).sum().backward()
+    (padded(best) * weights).sum().backward()
+    assert worst_gradient(ours, theirs) < GRADIENT_TOLERANCE
 
 
 def test_policy_as_its_own_reference(models):

@@ -328,3 +328,57 @@ def test_two_steps_at_the_ends(u, monkeypatch):
     logits[0, [200, 8000]] = 0.0
     logits[1, 5000] = 0.0
     assert sample(logits, 1.0).tolist() == [200 if u < 0.4 else 8000, 5000]
+
+
+# --- a mixture of two models
+
+
+@pytest.fixture(scope="module")
+def other():
+    return pair(raw_config(), seed=7)[0]
+
+
+def test_the_ends_of_the_mixture_are_the_models_themselves(models, other):
+    """The same draws from the same logits; half way they are others."""
+    model = models[0]
+
+    def drawn(sampler, **options):
+        generator = torch.Generator().manual_seed(2)
+        return generate(sampler, PROMPTS, 3, 8, temperature=8, generator=generator, **options)[0]
+
+    assert drawn(model, reference=other, mixture=0.0) == drawn(model)
+    assert drawn(model, reference=other, mixture=1.0) == drawn(other)
+    half = drawn(model, reference=other, mixture=0.5)
+    assert half != drawn(model) and half != drawn(other) and drawn(model) != drawn(other)
+
+
+@pytest.mark.parametrize("c", [0.125, 0.6])
+def test_a_mixture_is_of_logits_at_every_step(models, other, c):
+    """Greedy, against full forwards of both models; one of the two alone, or the mean of probabilities, says other."""
+    model = models[0]
+    prompts = PROMPTS[:4]
+
+    def greedy(prompt, mix):
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + 6 and ids[len(prompt):][-1:] != [EOS]:
+                ids.append(mix(logits_of(model, ids)[-1], logits_of(other, ids)[-1]).argmax().item())
+        return ids[len(prompt):]
+
+    found = [r[0] for r in generate(model, prompts, 1, 6, temperature=0, reference=other, mixture=c)[0]]
+    assert found == [greedy(p, lambda a, b: (1 - c) * a + c * b) for p in prompts]
+    wrong = [
+        lambda a, b: a,
+        lambda a, b: b,
+        lambda a, b: (1 - c) * a.softmax(-1) + c * b.softmax(-1),
+        lambda a, b: c * a + (1 - c) * b,
+    ]
+    for mix in wrong:
+        assert found != [greedy(p, mix) for p in prompts]
+
+
+def test_a_mixture_needs_one_vocabulary(other):
+    wider = pair(raw_config(vocab_size=62))[0]
+    with pytest.raises(UserError, match="the model has 61 tokens, the reference 62"):
+        generate(other, PROMPTS, 2, 4, reference=wider, mixture=0.5)
+    generate(other, PROMPTS, 2, 4, reference=wider, mixture=0.0)

@@ -53,6 +53,8 @@ def test_rows_of_several_kinds_share_the_split(prepare):
     assert len(tables["sft_train"]) == 14
     again = prepare({}, train="sft.jsonl,pairs.jsonl", overwrite=True, validation_share=0.3)
     assert again == tables
+    fewer = prepare({}, train="sft.jsonl", overwrite=True)
+    assert fewer.keys() == {"sft_train", "sft_validation"}  # no pairs of before
     assert prepare({}, train="sft.jsonl,pairs.jsonl", overwrite=True, validation_share=0.3, seed=1) != tables
 
 
@@ -117,7 +119,7 @@ def test_bad_options_of_own_data(prepare, tmp_path):
         ({"train": "a.jsonl,tokenizer.json"}, "tokenizer.json: no .jsonl or .parquet file"),
         ({"validation_share": 1.0}, "--validation_share=1.0 must be above 0 and below 1"),
         ({"response_tokens": 1}, "--response_tokens=1 must be at least 2"),
-        ({"out_dir": "."}, "is not empty"),
+        ({"out_dir": "."}, "holds a.jsonl, which is read: choose another --out_dir"),
     ):
         with pytest.raises(UserError, match=said):
             prepare({"a.jsonl": LINES}, **options)

@@ -28,7 +28,8 @@ DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the t
 
 # Tested in test_scripts.py, test_cli.py or test_judge.py, or invisible without a hub or a language model.
 ELSEWHERE = {
-    "revision", "out_dir", "resume", "overwrite", "device",
+    "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "samples_every",
+    "wandb", "tensorboard",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
     "judge_price_out",
@@ -41,6 +42,11 @@ OPTIMIZATION = OTHER_MODEL | dict(lr=0.05, schedule="constant", warmup=0.5, weig
 EPOCHS = OPTIMIZATION | dict(epochs=2.0)
 LOSS = dict(loss=dict(loss="simpo", ref_model=""), beta=1.0, gamma=0.5, gamma_beta_ratio=0.5,
             label_smoothing=0.1)
+# {option of one loss: that loss and another value}; compared with the same loss
+OPTION_OF_A_LOSS = dict(
+    alpha=("alphapo", 1.0), delta=("slic", 5.0), tau=("gammapo", 0.1), sft_coef=("cpo", 0.2),
+    r_max=("chipo", 1e-3), top_k=("cringe", 3), calibration=("vpo", "reference"),
+)
 REWARD = dict(
     reward="kl+maxent:0.1", invalid_logprob_fill=1.0, missing_eos="subtract", missing_eos_penalty=3.0
 )
@@ -94,12 +100,21 @@ def test_no_option_is_left_out(script):
     for other, change in [case.values for case in cases(CHANGES_THE_WEIGHTS) + cases(CHANGES_THE_NUMBERS)]:
         if other is script:
             tried |= {name for name, value in change.items() if value != base(script).get(name)}
+    if script is train_simpo:
+        tried |= OPTION_OF_A_LOSS.keys()
     assert not set(script.Config.__dataclass_fields__) - tried - CHANGES_NOTHING - ELSEWHERE
 
 
 @pytest.mark.parametrize("script, change", cases(CHANGES_THE_WEIGHTS))
 def test_another_value_trains_another_model(tiny, script, change):
     assert distance(tiny.run(script, **change), tiny.run(script)) > DIFFERENT
+
+
+@pytest.mark.parametrize("option", OPTION_OF_A_LOSS)
+def test_another_value_of_a_loss_trains_another_model(tiny, option):
+    loss, value = OPTION_OF_A_LOSS[option]
+    usual = tiny.run(train_simpo, loss=loss, beta=None)
+    assert distance(tiny.run(train_simpo, loss=loss, beta=None, **{option: value}), usual) > DIFFERENT
 
 
 @pytest.mark.parametrize("script, change", cases(CHANGES_THE_NUMBERS))

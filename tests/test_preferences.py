@@ -155,8 +155,10 @@ def world(tmp_path_factory) -> Path:
     rng = random.Random(0)
     for name, rows in (("pairs_train", 24), ("pairs_validation", 6)):
         labels = [rng.random() for _ in range(rows)]
-        objectives = [[rng.choice([-1.0, 0.0, 0.5]) for _ in range(3)] for _ in range(rows)]
-        change(out / f"data/{name}.parquet", preference=labels, objectives=objectives)
+        chosen, rejected = (
+            [{part: rng.choice([0.0, 0.2, 0.5]) for part in "abc"} for _ in range(rows)] for _ in range(2))
+        path = out / f"data/{name}.parquet"
+        change(path, preference=labels, chosen_parts=chosen, rejected_parts=rejected)
     change(out / "data/rankings_train.parquet", rewards=[[rng.random() for _ in range(4)] for _ in range(16)])
     train_sft.main(train_sft.Config(
         data_dir=str(out / "data"), device="cpu", model=str(out / "data/base"), init="scratch",
@@ -226,7 +228,7 @@ def test_columns_and_options_reach_the_loss(world, tmp_path):
     change(data / "rankings_train.parquet", rewards=[[3.0, 2.0, 1.0, 0.0]] * 16)
     assert distance(rrhf, weights(loss="rrhf")) > 1e-5
     amopo = weights(loss="amopo")
-    change(data / "pairs_train.parquet", objectives=[[1.0]] * 24)
+    change(data / "pairs_train.parquet", chosen_parts=[{"a": 1.0}] * 24, rejected_parts=[{"a": 0.5}] * 24)
     assert distance(amopo, weights(loss="amopo")) > 1e-5
     assert distance(weights(loss="simpo", beta=0.8, gamma=2.0), weights(loss="amopo")) < 1e-7
     assert distance(weights(loss="vpo"), weights(loss="vpo", calibration="reference")) > 1e-6
@@ -248,7 +250,7 @@ def test_noise_follows_the_step_and_the_seed(world, tmp_path):
 
 @pytest.mark.parametrize("name, table, column", [
     ("osp", "pairs_train", "preference"), ("osp", "pairs_validation", "preference"),
-    ("rrhf", "rankings_train", "rewards"), ("amopo", "pairs_train", "objectives")])
+    ("rrhf", "rankings_train", "rewards"), ("amopo", "pairs_train", "rejected_parts")])
 def test_a_missing_column_is_named(world, tmp_path, name, table, column):
     shutil.copytree(world / "data", tmp_path / "data")
     path = tmp_path / f"data/{table}.parquet"
@@ -270,9 +272,10 @@ def test_bad_values_are_named(world, tmp_path):
     with pytest.raises(UserError, match="row 0 has 2 rewards for 4 responses"):
         train(world, tmp_path / "run", data_dir=str(data), loss="rrhf")
     responses = pq.read_table(rankings)["responses_token"].to_pylist()
-    change(rankings, responses_token=[responses[0], responses[1][:3], *responses[2:]])
+    change(rankings, rewards=[[0.0] * 4, [0.0] * 3, *[[0.0] * 4] * 14],
+           responses_token=[responses[0], responses[1][:3], *responses[2:]])
     for name in RANKED:
-        with pytest.raises(UserError, match="row 1 has 3 responses and row 0 has 4; every ranking"):
+        with pytest.raises(UserError, match="row 1 has 3 responses, the first row 4; every row"):
             train(world, tmp_path / "run", data_dir=str(data), loss=name)
 
 

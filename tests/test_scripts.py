@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import rlhf.policy
+import train_online
 import train_rloo
 import train_rm
 import train_sft
@@ -71,10 +72,15 @@ def configs(out: Path) -> dict:
             **io, model=str(out / "sft"), out_dir=str(out / "simpo"), loss="dpo", lr=1e-3, batch_size=16,
             eval_rows=8,
         ),
+        train_online: train_online.Config(
+            **io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "online"), lr=1e-3, k=4,
+            opponent=0.5, label="sampled", epochs=2, round_updates=3, move_reference=True, explore=0.01,
+            temperature=1.0, batch_size=32, episodes=128, response_tokens=12, eval_rows=8,
+        ),
     }
 
 
-SCRIPTS = [train_sft, train_rm, train_rloo, train_simpo]
+SCRIPTS = [train_sft, train_rm, train_rloo, train_simpo, train_online]
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
 
@@ -165,6 +171,7 @@ def test_results_hold_the_numbers_they_promise(world):
     ] == 16
     assert {"scores", "kl", "greedy/gold"} <= result[train_rloo].keys()
     assert {"eval/loss", "eval/accuracies", "eval/ref_margin", "greedy/gold"} <= result[train_simpo].keys()
+    assert {"scores", "kl", "entropy", "greedy/gold"} <= result[train_online].keys()
 
 
 def test_reward_model_has_mean_zero_on_the_references(world):
@@ -344,7 +351,7 @@ def broken_data(world: Path, tmp_path: Path, name: str, change) -> str:
 @pytest.mark.parametrize(
     "script, changes, message",
     [
-        (train_rloo, dict(k=1), "--k=1 must be at least 2"),
+        (train_rloo, dict(k=1), "at least 2"),
         (train_rloo, dict(batch_size=15), "not divisible"),
         (train_rloo, dict(reward="entropy"), "--reward=entropy: no term 'entropy'"),
         (train_rloo, dict(advantage="gae"), "known are rloo, grpo"),
@@ -505,7 +512,10 @@ def call(monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("script", ["train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate"])
+COMMANDS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "evaluate"]
+
+
+@pytest.mark.parametrize("script", COMMANDS)
 def test_command_line(script, call, tmp_path):
     """--help explains every option; an unknown option or a missing one is exit code 2 and one line."""
     fields = importlib.import_module(script).Config.__dataclass_fields__

@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import tldr
-from data.tldr import CNNDM, EOS, PAD, TLDR, Config, main, make_prompts, make_responses
+from data import rows as data_rows
+from data import tldr, tldr_prompts
+from data.rows import EOS, PAD
+from data.tldr import Config, main
+from data.tldr_prompts import CNNDM, TLDR, Template, make_prompts, make_responses
 from rlhf.config import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -60,50 +63,50 @@ def size(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text).ids)
 
 
-def naive(tokenizer: Tokenizer, task: tldr.Task, fields: dict) -> str:
+def naive(tokenizer: Tokenizer, template: Template, fields: dict) -> str:
     """Recipe 1.3, letter by letter: the post that is left."""
     fields = dict(fields)
-    while size(tokenizer, task.template.format(**fields)) > task.limit:
-        if not fields[task.field]:
+    while size(tokenizer, template.text.format(**fields)) > template.limit:
+        if not fields[template.field]:
             raise ValueError
         try:
-            i = fields[task.field].rindex("\n")
+            i = fields[template.field].rindex("\n")
         except ValueError:
             i = -1
-        fields[task.field] = fields[task.field][:i]
-    return fields[task.field]
+        fields[template.field] = fields[template.field][:i]
+    return fields[template.field]
 
 
-def bisected(tokenizer: Tokenizer, task: tldr.Task, fields: dict) -> str:
+def bisected(tokenizer: Tokenizer, template: Template, fields: dict) -> str:
     """Only right if the number of tokens rose with every character."""
-    low, high = 0, len(fields[task.field])  # `low` characters fit, `high` do not
+    low, high = 0, len(fields[template.field])  # `low` characters fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2
-        fits = size(tokenizer, task.template.format(**fields | {task.field: fields[task.field][:middle]})) <= task.limit
+        fits = size(tokenizer, template.text.format(**fields | {template.field: fields[template.field][:middle]})) <= template.limit
         low, high = (middle, high) if fits else (low, middle)
-    return fields[task.field][:low]
+    return fields[template.field][:low]
 
 
-def row(task: tldr.Task = TLDR, **fields) -> dict:
-    return {"where": "made.jsonl, row 1", "task": task, "id": "made", "fields": FIELDS | fields}
+def row(template: Template = TLDR, **fields) -> dict:
+    return {"where": "made.jsonl, row 1", "template": template, "id": "made", "fields": FIELDS | fields}
 
 
 def kept(tokenizer: Tokenizer, rows: list[dict]) -> list[str]:
     """What make_prompts leaves of the posts; checks that its three answers agree."""
     queries, ids, lost = make_prompts(tokenizer, rows)
-    posts = [r["fields"][r["task"].field] for r in rows]
+    posts = [r["fields"][r["template"].field] for r in rows]
     posts = [post[: len(post) - n] for post, n in zip(posts, lost)]
     for r, post, query, tokens in zip(rows, posts, queries, ids):
-        text = r["task"].template.format(**r["fields"] | {r["task"].field: post})
+        text = r["template"].text.format(**r["fields"] | {r["template"].field: post})
         assert query == tokenizer.normalizer.normalize_str(text).strip() and tokens == tokenizer.encode(query).ids
-        assert size(tokenizer, text) <= r["task"].limit
+        assert size(tokenizer, text) <= r["template"].limit
     return posts
 
 
 def post_of(tokenizer: Tokenizer, tokens: int, newlines: bool) -> str:
     """A post whose whole prompt has exactly so many tokens; without newlines it has about one character a token."""
     post = "a"
-    while missing := tokens - size(tokenizer, TLDR.template.format(**FIELDS | {"post": post})):
+    while missing := tokens - size(tokenizer, TLDR.text.format(**FIELDS | {"post": post})):
         assert missing > 0
         line = "\nit" + " it" * (min(missing, 40) - 2) if missing > 1 else " it"
         post += line if newlines else (" a" + "1a" * 9)[: missing + 1]
@@ -131,20 +134,20 @@ def test_posts_around_the_limit(tokenizer, newlines):
 def test_post_of_2000_tokens_is_cut_in_few_encodings(tiny, monkeypatch, newlines):
     long, counts = row(post=post_of(tiny, 2000, newlines)), []
     expected = naive(tiny, TLDR, long["fields"])
-    encode = tldr.encode
-    monkeypatch.setattr(tldr, "encode", lambda tokenizer, texts: counts.append(len(texts)) or encode(tokenizer, texts))
+    encode = tldr_prompts.encode
+    monkeypatch.setattr(tldr_prompts, "encode", lambda tokenizer, texts: counts.append(len(texts)) or encode(tokenizer, texts))
     assert kept(tiny, [long]) == [expected]
     assert sum(counts) < 20 < (len(long["fields"]["post"]) - len(expected)) / (120 if newlines else 1)
 
 
 def test_random_posts_equal_the_naive_loop_and_a_wrong_bound_does_not(tokenizer, monkeypatch):
     rng = random.Random(0)
-    base = size(tokenizer, TLDR.template.format(**FIELDS | {"post": ""}))
+    base = size(tokenizer, TLDR.text.format(**FIELDS | {"post": ""}))
     rows = [row(replace(TLDR, limit=base + rng.randrange(30)), post=random_post(rng, rng.randrange(1, 40), i % 2 == 0)) for i in range(300)]
-    expected = [naive(tokenizer, r["task"], r["fields"]) for r in rows]
+    expected = [naive(tokenizer, r["template"], r["fields"]) for r in rows]
     assert sum(post != r["fields"]["post"] for post, r in zip(expected, rows)) > 150
     assert kept(tokenizer, rows) == expected
-    monkeypatch.setattr(tldr, "most_that_can_fit", lambda *args, right=tldr.most_that_can_fit: right(*args) - 8)
+    monkeypatch.setattr(tldr_prompts, "most_that_can_fit", lambda *args, right=tldr_prompts.most_that_can_fit: right(*args) - 8)
     assert sum(a != b for a, b in zip(kept(tokenizer, rows), expected)) > 20
 
 
@@ -153,29 +156,29 @@ def test_bisection_would_be_wrong(tokenizer):
     rng, rows = random.Random(1), []
     for _ in range(60):
         start = "".join(" " + rng.choice(WORDS[:7]) for _ in range(20)) + " Mississippi"
-        limit = size(tokenizer, TLDR.template.format(**FIELDS | {"post": start}))
-        assert size(tokenizer, TLDR.template.format(**FIELDS | {"post": start[:-1]})) > limit
+        limit = size(tokenizer, TLDR.text.format(**FIELDS | {"post": start}))
+        assert size(tokenizer, TLDR.text.format(**FIELDS | {"post": start[:-1]})) > limit
         rows.append(row(replace(TLDR, limit=limit), post=start + "".join(" " + rng.choice(WORDS[:7]) for _ in range(rng.randrange(1, 20)))))
-    expected = [naive(tokenizer, r["task"], r["fields"]) for r in rows]
+    expected = [naive(tokenizer, r["template"], r["fields"]) for r in rows]
     assert all(post.rstrip().endswith("Mississippi") for post in expected)
     assert kept(tokenizer, rows) == expected
-    assert sum(bisected(tokenizer, r["task"], r["fields"]) != post for r, post in zip(rows, expected)) > 10
+    assert sum(bisected(tokenizer, r["template"], r["fields"]) != post for r, post in zip(rows, expected)) > 10
 
 
 def test_other_tokenizers_take_every_step():
     """Without a split at spaces the bound has no proof; there the result is the naive loop's all the same."""
     whole = train_tiny(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    assert not tldr.splits_at_spaces(whole) and tldr.splits_at_spaces(train_tiny())
-    assert tldr.most_that_can_fit(whole, TLDR, FIELDS | {"post": "it " * 900}) == 2700
+    assert not tldr_prompts.splits_at_spaces(whole) and tldr_prompts.splits_at_spaces(train_tiny())
+    assert tldr_prompts.most_that_can_fit(whole, TLDR, FIELDS | {"post": "it " * 900}) == 2700
     rng = random.Random(2)
-    base = size(whole, TLDR.template.format(**FIELDS | {"post": ""}))
+    base = size(whole, TLDR.text.format(**FIELDS | {"post": ""}))
     rows = [row(replace(TLDR, limit=base + 15), post=random_post(rng, 30, False)) for _ in range(20)]
-    assert kept(whole, rows) == [naive(whole, r["task"], r["fields"]) for r in rows]
+    assert kept(whole, rows) == [naive(whole, r["template"], r["fields"]) for r in rows]
 
 
 def test_newline_rule_by_hand(tiny):
     """Cut at the last newline, which goes too, however much is lost; then character by character."""
-    limit = size(tiny, TLDR.template.format(**FIELDS | {"post": "it it"}))
+    limit = size(tiny, TLDR.text.format(**FIELDS | {"post": "it it"}))
     post = "it it it\n\nmy dog\n" + "a" * 30
     assert kept(tiny, [row(replace(TLDR, limit=limit), post=post)]) == ["it it"]  # "it it it" has one token too many, "it it " too
     assert kept(tiny, [row(replace(TLDR, limit=limit + 1), post=post)]) == ["it it it"]
@@ -195,7 +198,7 @@ def test_template_byte_for_byte(tokenizer):
 
 def test_cnndm_prompt_is_cut_with_its_newline_and_stored_without(tokenizer):
     article = "it " * 1920 + "my dog"
-    long = {"where": "", "task": CNNDM, "id": "", "fields": {"article": article}}
+    long = {"where": "", "template": CNNDM, "id": "", "fields": {"article": article}}
     assert kept(tokenizer, [long]) == [naive(tokenizer, CNNDM, long["fields"])]
     (query,), (ids,), _ = make_prompts(tokenizer, [{**long, "fields": {"article": "The goat won."}}])
     assert query == "Article:\nThe goat won.\n\nTL;DR:"
@@ -302,6 +305,7 @@ def test_tables(tmp_path, tiny, tiny_file, capsys):
 def test_jsonl_and_parquet_and_chunks_give_the_same_tables(tmp_path, tiny_file, monkeypatch):
     parquet = prepare(tmp_path, tiny_file, source_rows(), "parquet")
     monkeypatch.setattr(tldr, "CHUNK", 2)
+    monkeypatch.setattr(data_rows, "CHUNK", 2)
     assert prepare(tmp_path, tiny_file, source_rows(), "jsonl") == parquet
     assert pq.ParquetFile(tmp_path / "out_jsonl/sft_train.parquet").num_row_groups == 4
     changed = source_rows()
@@ -431,7 +435,7 @@ def test_a_bad_row_is_named_before_anything_is_tokenised_or_removed(tmp_path, ti
     before = {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()}
     rows = source_rows()
     rows["comparisons/validation"].append(pair(11, info=pair(11)["info"] | {"title": None}))
-    monkeypatch.setattr(tldr, "encode", lambda *args: pytest.fail("tokenised"))
+    monkeypatch.setattr(tldr_prompts, "encode", lambda *args: pytest.fail("tokenised"))
     with pytest.raises(UserError, match="comparisons/validation.jsonl, row 11: column 'info.title' is null, which is no str"):
         prepare(tmp_path, tiny_file, rows, "jsonl", overwrite=True, limit=2)  # the limit hides no fault
     assert {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()} == before
@@ -517,7 +521,7 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
     assert f"{EOS} must have id 0, it has None" in message(tokenizer=str(tmp_path / "other.json"))
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json: not a tokenizer.json" in message(tokenizer=str(tmp_path / "broken.json"))
-    monkeypatch.setattr(tldr, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(data_rows, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     assert message(tokenizer="some/model") == "--tokenizer some/model: not a file, and no tokenizer.json on the hub: no network"
     (tmp_path / "source/comparisons/train.jsonl").unlink()
     assert "no comparisons/train.parquet or .jsonl" in message()
@@ -561,9 +565,9 @@ def test_200_real_posts_equal_the_naive_loop():
         fields = {name: post[name].replace("\n", " " if i % 2 else "\n") for name in FIELDS}
         if size(pythia, fields["post"]) < 40:
             continue  # too short to lose so much
-        rows.append(row(replace(TLDR, limit=size(pythia, TLDR.template.format(**fields)) - rng.randrange(1, 25)), **fields))
+        rows.append(row(replace(TLDR, limit=size(pythia, TLDR.text.format(**fields)) - rng.randrange(1, 25)), **fields))
     posts = kept(pythia, rows)
-    assert len(rows) >= 200 and posts == [naive(pythia, r["task"], r["fields"]) for r in rows]
+    assert len(rows) >= 200 and posts == [naive(pythia, r["template"], r["fields"]) for r in rows]
     assert all(len(post) < len(r["fields"]["post"]) for post, r in zip(posts, rows))
 
 
