@@ -168,9 +168,8 @@ def check_ids(path: Path, column: str, ids: pa.Array, vocabulary: int) -> np.nda
         check_lists(path, column, ids, rows)
         count = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
         if len(other := np.flatnonzero((count != count[0]) | (count < 2))):
-            i = other[0]
-            raise UserError(f"{path}: row {i} has {count[i]} responses and row 0 has {count[0]}; every ranking "
-                            "needs the same number, at least 2")
+            raise UserError(f"{path}: row {other[0]} has {count[other[0]]} responses, the first row "
+                            f"{count[0]}; every row needs the same number, at least 2")
         rows = np.repeat(rows, count)
         ids = pc.list_flatten(ids)
     check_lists(path, column, ids, rows)
