@@ -132,9 +132,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"--k={cfg.k}: a comparison needs 2 responses; at least 2, or 1 with --data_pair")
     if cfg.batch_size % cfg.k:
         raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
-    for name, share in (("mixture", cfg.mixture), ("opponent", cfg.opponent or 0.0)):
-        if not 0 <= share <= 1:
-            raise UserError(f"--{name}={share}: a share of the reference, from 0 (the policy) to 1")
     if cfg.opponent is not None and cfg.k % 2:
         raise UserError(f"--k={cfg.k}: half of the responses are the opponent's, so it must be even")
     if cfg.temperature <= 0:

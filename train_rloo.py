@@ -36,7 +36,7 @@ from rlhf.groups import micro_batches, pack
 from rlhf.logprobs import compile_kernels
 from rlhf.masked import masked_mean, masked_sum, seq_logprobs
 from rlhf.model import NeoX, compile_layers
-from rlhf.policy import ADVANTAGES, clipped_policy_loss, k1, k2, k3
+from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3
 from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.reward_fn import function_scores, load_reward_fn
 from rlhf.rewards import missing_eos, parse_reward, rlhf_reward
@@ -58,7 +58,8 @@ class Config:
     overwrite: bool = False  # replace an existing run in out_dir
     # reward
     reward: str = "kl"  # terms with coefficients, joined by '+': kl, maxent (eq. 6), maxent_length (eq. 7),
-    #   minent_length; a term without a coefficient has 0.05; the score is always there, with 1 (or score:0)
+    #   minent_length, chi2 (chi^2-RLHF), ref_logprob (sharpening); a term without a coefficient has 0.05;
+    #   the score is always there, with 1 (or score:0)
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
     #   the score of a response without EOS becomes -penalty, or loses penalty, or stays
     missing_eos_penalty: float = 1.0  # size of that penalty
@@ -70,7 +71,9 @@ class Config:
     episodes: int = 1_000_000  # responses sampled in the whole run
     batch_size: int = 512  # responses per update (prompts = batch_size / k)
     ppo_epochs: int = 4  # passes over each batch of responses, one optimizer step each
-    clip: float = 0.2  # clip range of the sequence ratio
+    policy_loss: str = "sequence"  # ratio of the policies: of the sequence, of each token (GRPO) or gspo
+    clip: float = 0.2  # clip range of the ratio
+    clip_high: float | None = None  # upper clip range (default: as --clip; DAPO 0.28)
     temperature: float = 0.7  # sampling temperature; all log-probs are taken at it
     top_p: float = 1.0  # nucleus of the sampling (1 = off; log-probs are those of the full distribution)
     response_tokens: int = 0  # longest response (0 = what the data says; 53 for TL;DR)
@@ -103,6 +106,8 @@ def check(cfg: Config) -> None:
     check_ranges(cfg)
     if cfg.advantage not in ADVANTAGES:
         raise UserError(f"--advantage={cfg.advantage}: known are {', '.join(ADVANTAGES)}")
+    if cfg.policy_loss not in POLICY_LOSSES:
+        raise UserError(f"--policy_loss={cfg.policy_loss}: known are {', '.join(POLICY_LOSSES)}")
     if bool(cfg.reward_model) == bool(cfg.reward_fn):
         raise UserError("what is the reward? give --reward_model or --reward_fn, one of the two")
     if cfg.k < 2:
@@ -164,10 +169,11 @@ def make_score(cfg: Config, models: list, tokenizer: Tokenizer, pack_rows: Calla
 
 
 def policy_gradient(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float, sequences: int,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+    loss_fn: Callable, sequences: int,
 ) -> dict[str, Tensor]:
     """Backward of the mean loss over `sequences`; what is logged of each of these, (n, K)."""
-    losses, stats = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip)  # (n, K)
+    losses, stats = loss_fn(logprobs, old_logprobs, advantages, mask)  # (n, K)
     (losses.sum() / sequences).backward()
     approxkl = k2(seq_logprobs(old_logprobs, mask), seq_logprobs(logprobs.detach(), mask))  # (n, K)
     squares = stats["ratio"] ** 2  # (n, K)
@@ -242,7 +248,8 @@ def main(cfg: Config) -> dict:
     generator = torch.Generator(device).manual_seed(cfg.seed)
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)
     score = make_score(cfg, models, tokenizer, pack_rows)
-    learn = partial(policy_gradient, clip=cfg.clip, sequences=cfg.batch_size)
+    loss_fn = partial(POLICY_LOSSES[cfg.policy_loss], clip=cfg.clip, clip_high=cfg.clip_high)
+    learn = partial(policy_gradient, loss_fn=loss_fn, sequences=cfg.batch_size)
     objective = " + ".join(f"{coefficient:g} {name}" for name, coefficient in coefficients.items())
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; reward: {objective}; "

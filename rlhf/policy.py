@@ -1,6 +1,6 @@
 """How a reward is climbed: advantages, the clipped policy loss, and the KL estimators.
 
-To add an advantage, write `f(rewards (N, K)) -> (N, K)` and put it in ADVANTAGES.
+To add an advantage, write `f(rewards (N, K)) -> (N, K)` and put it in ADVANTAGES; likewise POLICY_LOSSES.
 Log-probs are per token (N, K, R), in nats, at the sampling temperature.
 """
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import UserError
-from rlhf.masked import masked_sum
+from rlhf.masked import masked_mean, masked_sum
 
 # --- advantages
 
@@ -35,25 +35,77 @@ def group_normalized(rewards: Tensor) -> Tensor:
 ADVANTAGES = {"rloo": leave_one_out, "grpo": group_normalized}
 
 
-# --- policy loss
+# --- policy losses
+#
+# f(logprobs, old_logprobs, advantages (N, K), mask, clip, clip_high) -> losses (N, K), and for the log
+# {"ratio", "clipfrac"} (N, K). rho is a ratio of new to old probabilities, and
+#     loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high))    clip_high: as clip if None
+# `clipfrac` is 1 where the clipped branch is the larger one, where there is no gradient. The logged ratio is
+# in float64: a far update makes one of 1e23, and its square is beyond float32.
+
+
+def clipped(ratio: Tensor, advantages: Tensor, clip: float, clip_high: float | None) -> tuple[Tensor, Tensor]:
+    """Losses, and whether the clipped branch is the larger one; shapes as the ratio."""
+    unclipped = -advantages * ratio
+    limited = -advantages * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return torch.maximum(unclipped, limited), limited.detach() > unclipped.detach()
 
 
 def clipped_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
+    clip_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss with one ratio per SEQUENCE, as in TRL's RLOOTrainer: losses (N, K), and for the log
-    {"ratio", "clipfrac"} (N, K).
+    """One ratio per SEQUENCE, as in TRL's RLOOTrainer: rho = exp(log pi(y) - log pi_old(y)).
 
-    rho = exp(log pi(y) - log pi_old(y)), loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). `clipfrac` is
-    1 where the clipped branch is the larger one, i.e. where the sequence gives no gradient. At pi = pi_old
-    the gradient is that of -A log pi(y). The logged ratio is in float64: a far update makes one of 1e23, and
-    its square is beyond float32.
+    At pi = pi_old the gradient is that of -A log pi(y).
     """
     ratio = masked_sum(logprobs - old_logprobs.detach(), mask).exp()  # (N, K)
-    unclipped = -advantages * ratio
-    limited = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    clipped = limited.detach() > unclipped.detach()
-    return torch.maximum(unclipped, limited), {"ratio": ratio.detach().double(), "clipfrac": clipped}
+    losses, is_clipped = clipped(ratio, advantages, clip, clip_high)
+    return losses, {"ratio": ratio.detach().double(), "clipfrac": is_clipped}
+
+
+def gspo_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
+    clip_high: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GSPO (arXiv 2507.18071): the sequence's ratio to the power of 1/|y|, exp(mean log-ratio of a token).
+
+    Its clip is small: 3e-4 and 4e-4 in the paper. At pi = pi_old the gradient is that of -A log pi(y) / |y|.
+    """
+    ratio = masked_mean(logprobs - old_logprobs.detach(), mask).exp()  # (N, K)
+    losses, is_clipped = clipped(ratio, advantages, clip, clip_high)
+    return losses, {"ratio": ratio.detach().double(), "clipfrac": is_clipped}
+
+
+def clipped_token_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
+    clip_high: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss, one ratio per TOKEN and not summed: losses and what is logged, (N, K, R) each.
+
+    Positions where mask is False hold 0 (a ratio of 1).
+    """
+    ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()  # (N, K, R)
+    losses, is_clipped = clipped(ratio, advantages, clip, clip_high)
+    stats = {"ratio": ratio.detach().double(), "clipfrac": is_clipped}
+    return torch.where(mask, losses, 0.0), stats
+
+
+def token_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
+    clip_high: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One ratio per TOKEN; loss, ratio and clipfrac are means over the response: GRPO (arXiv 2402.03300).
+
+    At pi = pi_old the gradient is that of -A log pi(y) / |y|.
+    """
+    per_token = advantages[..., None]  # (N, K, 1)
+    losses, stats = clipped_token_loss(logprobs, old_logprobs, per_token, mask, clip, clip_high)  # (N, K, R)
+    stats = {key: masked_mean(values.double(), mask) for key, values in stats.items()}
+    return masked_mean(losses, mask), stats
+
+
+POLICY_LOSSES = {"sequence": clipped_policy_loss, "token": token_loss, "gspo": gspo_loss}
 
 
 # --- with a critic (PPO)
@@ -82,21 +134,6 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     as in summarize_from_feedback_details/ppo.py)."""
     kept = values[mask]
     return torch.where(mask, (values - kept.mean()) / (kept.var() + 1e-8).sqrt(), 0.0)
-
-
-def clipped_token_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss with one ratio per TOKEN: losses (N, K, R), and for the log {"ratio", "clipfrac"}.
-
-    Positions where mask is False hold 0 (a ratio of 1).
-    """
-    ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()  # (N, K, R)
-    unclipped = -advantages * ratio
-    limited = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    losses = torch.where(mask, torch.maximum(unclipped, limited), 0.0)
-    clipped = limited.detach() > unclipped.detach()
-    return losses, {"ratio": ratio.detach().double(), "clipfrac": clipped}
 
 
 def clipped_value_loss(

@@ -38,7 +38,29 @@ def minent_length(logprob: Tensor, ref_logprob: Tensor, length: Tensor) -> Tenso
     return logprob / length
 
 
-REWARDS = {"kl": kl, "maxent": maxent, "maxent_length": maxent_length, "minent_length": minent_length}
+def chi2(logprob: Tensor, ref_logprob: Tensor, length: Tensor) -> Tensor:
+    """-(z + log z), z = pi/pi_ref of the sequence: chi^2-RLHF (arXiv 2407.13399), a KL penalty and one on z.
+
+    Its gradient is that of -(E_ref[(z - 1)^2] / 2 + KL(pi || pi_ref)). The exponent is kept within what
+    float32 holds.
+    """
+    log_ratio = logprob - ref_logprob
+    return -(log_ratio.clamp(max=20).exp() + log_ratio)
+
+
+def ref_logprob(logprob: Tensor, ref_logprob: Tensor, length: Tensor) -> Tensor:
+    """log pi_ref(y|x): sharpening (arXiv 2412.01951). score:0+ref_logprob:1+kl:b ends at pi_ref^(1 + 1/b)."""
+    return ref_logprob
+
+
+REWARDS = {
+    "kl": kl,
+    "maxent": maxent,
+    "maxent_length": maxent_length,
+    "minent_length": minent_length,
+    "chi2": chi2,
+    "ref_logprob": ref_logprob,
+}
 # of a term that is given without one: the KL's in summarize_from_feedback_details (github vwxyzjn), ppo.py
 COEFFICIENT = 0.05
 

@@ -1,5 +1,7 @@
 """Reward terms, their coefficients and the missing-EOS rule: by hand."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,18 +51,23 @@ def test_padding_reaches_neither_value_nor_gradient(garbage):
 NUMBERS = torch.tensor([[-3.0, -6.0]]), torch.tensor([[-4.0, -2.0]]), torch.tensor([[2, 4]])
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("kl", [[-(-3.0 + 4.0), -(-6.0 + 2.0)]]),
-    ("maxent", [[3.0, 6.0]]),
-    ("maxent_length", [[1.5, 1.5]]),
-    ("minent_length", [[-1.5, -1.5]]),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("kl", [[-(-3.0 + 4.0), -(-6.0 + 2.0)]]),
+        ("maxent", [[3.0, 6.0]]),
+        ("maxent_length", [[1.5, 1.5]]),
+        ("minent_length", [[-1.5, -1.5]]),
+        ("chi2", [[-(math.e + 1), -(math.exp(-4) - 4)]]),
+        ("ref_logprob", [[-4.0, -2.0]]),
+    ],
+)
 def test_terms_by_hand(name, expected):
     close(REWARDS[name](*NUMBERS), expected)
 
 
 def test_every_term_is_tested_by_hand():
-    assert set(REWARDS) == {"kl", "maxent", "maxent_length", "minent_length"}
+    assert set(REWARDS) == {"kl", "maxent", "maxent_length", "minent_length", "chi2", "ref_logprob"}
 
 
 def test_a_term_gets_the_sums_of_the_kept_tokens_and_their_number(monkeypatch):
@@ -74,14 +81,20 @@ def test_a_term_gets_the_sums_of_the_kept_tokens_and_their_number(monkeypatch):
         assert not actual.requires_grad
 
 
-@pytest.mark.parametrize("coefficients, expected", [
-    ({"kl": 0.1}, [[1.0 - 0.1 * 1.0, 2.0 + 0.1 * 4.0]]),  # r - beta (log pi - log pi_ref)
-    ({"maxent": 0.5}, [[1.0 + 0.5 * 3.0, 2.0 + 0.5 * 6.0]]),  # eq. 6
-    ({"maxent_length": 0.5}, [[1.0 + 0.5 * 1.5, 2.0 + 0.5 * 1.5]]),  # eq. 7
-    ({"kl": 0.1, "minent_length": 0.5}, [[1.0 - 0.1 * 1.0 - 0.5 * 1.5, 2.0 + 0.1 * 4.0 - 0.5 * 1.5]]),
-    ({"maxent": 0.5, "maxent_length": -0.2}, [[1.0 + 0.5 * 3.0 - 0.2 * 1.5, 2.0 + 0.5 * 6.0 - 0.2 * 1.5]]),
-    ({}, [[1.0, 2.0]]),
-])
+@pytest.mark.parametrize(
+    "coefficients, expected",
+    [
+        ({"kl": 0.1}, [[1.0 - 0.1 * 1.0, 2.0 + 0.1 * 4.0]]),  # r - beta (log pi - log pi_ref)
+        ({"maxent": 0.5}, [[1.0 + 0.5 * 3.0, 2.0 + 0.5 * 6.0]]),  # eq. 6
+        ({"maxent_length": 0.5}, [[1.0 + 0.5 * 1.5, 2.0 + 0.5 * 1.5]]),  # eq. 7
+        ({"kl": 0.1, "minent_length": 0.5}, [[1.0 - 0.1 * 1.0 - 0.5 * 1.5, 2.0 + 0.1 * 4.0 - 0.5 * 1.5]]),
+        (
+            {"maxent": 0.5, "maxent_length": -0.2},
+            [[1.0 + 0.5 * 3.0 - 0.2 * 1.5, 2.0 + 0.5 * 6.0 - 0.2 * 1.5]],
+        ),
+        ({}, [[1.0, 2.0]]),
+    ],
+)
 def test_rlhf_reward_by_hand(coefficients, expected):
     logprobs, scores = LOGPROBS.clone().requires_grad_(), torch.tensor([[1.0, 2.0]], requires_grad=True)
     rewards, terms = rlhf_reward(scores, logprobs, REF, MASK, {"score": 1.0, **coefficients})
@@ -158,18 +171,21 @@ def test_summed_has_no_gradient(fill):
 # --- the reward as it is written
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("kl", {"score": 1.0, "kl": COEFFICIENT}),
-    ("kl:0.05+maxent_length:0.1", {"score": 1.0, "kl": 0.05, "maxent_length": 0.1}),
-    ("maxent_length:0.1+kl", {"score": 1.0, "maxent_length": 0.1, "kl": 0.05}),
-    ("maxent:1e-2", {"score": 1.0, "maxent": 0.01}),
-    ("kl:0", {"score": 1.0, "kl": 0.0}),
-    ("kl:-0.5", {"score": 1.0, "kl": -0.5}),
-    ("score:0", {"score": 0.0}),
-    ("score", {"score": 1.0}),
-    ("minent_length:2+score:0.5", {"score": 0.5, "minent_length": 2.0}),
-    (" kl: 0.1 + maxent:0.2 ", {"score": 1.0, "kl": 0.1, "maxent": 0.2}),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("kl", {"score": 1.0, "kl": COEFFICIENT}),
+        ("kl:0.05+maxent_length:0.1", {"score": 1.0, "kl": 0.05, "maxent_length": 0.1}),
+        ("maxent_length:0.1+kl", {"score": 1.0, "maxent_length": 0.1, "kl": 0.05}),
+        ("maxent:1e-2", {"score": 1.0, "maxent": 0.01}),
+        ("kl:0", {"score": 1.0, "kl": 0.0}),
+        ("kl:-0.5", {"score": 1.0, "kl": -0.5}),
+        ("score:0", {"score": 0.0}),
+        ("score", {"score": 1.0}),
+        ("minent_length:2+score:0.5", {"score": 0.5, "minent_length": 2.0}),
+        (" kl: 0.1 + maxent:0.2 ", {"score": 1.0, "kl": 0.1, "maxent": 0.2}),
+    ],
+)
 def test_parse_reward(text, expected):
     assert parse_reward(text) == expected
 
@@ -178,23 +194,29 @@ def test_the_coefficient_of_a_term_without_one():
     assert COEFFICIENT == 0.05
 
 
-@pytest.mark.parametrize("text, message", [
-    ("kl+entropy", "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, as in"),
-    ("kl+", "no term ''"),
-    ("", "no term ''"),
-    (" ", "no term ''"),
-    (":0.1", "no term ''"),
-    ("kl : 0.1", "no term 'kl '"),
-    ("KL", "no term 'KL'"),
-    ("kl+kl", "names 'kl' twice"),
-    ("kl:0.05+maxent+kl:0.1", "names 'kl' twice"),
-    ("score:0+score:1", "names 'score' twice"),
-    ("kl:much", "'much' is no coefficient; it takes a number, as in kl:0.1"),
-    ("kl:0.1:0.2", "'0.1:0.2' is no coefficient"),
-    ("kl:nan", "'nan' is no coefficient"),
-    ("maxent:inf", "'inf' is no coefficient"),
-    ("score:-inf", "'-inf' is no coefficient"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "kl+entropy",
+            "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, chi2, ref_logprob, as in",
+        ),
+        ("kl+", "no term ''"),
+        ("", "no term ''"),
+        (" ", "no term ''"),
+        (":0.1", "no term ''"),
+        ("kl : 0.1", "no term 'kl '"),
+        ("KL", "no term 'KL'"),
+        ("kl+kl", "names 'kl' twice"),
+        ("kl:0.05+maxent+kl:0.1", "names 'kl' twice"),
+        ("score:0+score:1", "names 'score' twice"),
+        ("kl:much", "'much' is no coefficient; it takes a number, as in kl:0.1"),
+        ("kl:0.1:0.2", "'0.1:0.2' is no coefficient"),
+        ("kl:nan", "'nan' is no coefficient"),
+        ("maxent:inf", "'inf' is no coefficient"),
+        ("score:-inf", "'-inf' is no coefficient"),
+    ],
+)
 def test_a_reward_that_cannot_be_read_is_named(text, message):
     """One line, with the text as it was given."""
     with pytest.raises(UserError) as error:

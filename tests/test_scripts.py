@@ -73,7 +73,8 @@ def configs(out: Path) -> dict:
             eval_rows=8,
         ),
         train_online: train_online.Config(
-            **io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "online"), lr=1e-3, k=4,
+            **io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "online"), lr=1e-3,
+            k=4,
             opponent=0.5, label="sampled", epochs=2, round_updates=3, move_reference=True, explore=0.01,
             temperature=1.0, batch_size=32, episodes=128, response_tokens=12, eval_rows=8,
         ),
@@ -218,11 +219,11 @@ def test_metrics_of_rloo_agree_with_each_other(world):
 def test_the_log_is_json_whatever_the_ratios_are(world, tmp_path, monkeypatch, ppo_epochs, factor, known):
     """A ratio of 1e23 has a variance, an infinite one has none: null. Neither word of Python, Infinity and
     NaN, is JSON."""
-    def far(*args):
-        losses, stats = rlhf.policy.clipped_policy_loss(*args)
+    def far(*args, **options):
+        losses, stats = rlhf.policy.clipped_policy_loss(*args, **options)
         return losses, {**stats, "ratio": stats["ratio"] * factor}
 
-    monkeypatch.setattr(train_rloo, "clipped_policy_loss", far)
+    monkeypatch.setitem(rlhf.policy.POLICY_LOSSES, "sequence", far)
     train_rloo.main(again(world, train_rloo, tmp_path / "run", episodes=16, ppo_epochs=ppo_epochs))
     text = (tmp_path / "run/metrics.jsonl").read_text()
     (line,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
@@ -512,7 +513,9 @@ def call(monkeypatch, capsys, tmp_path):
     return run
 
 
-COMMANDS = ["train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "evaluate"]
+COMMANDS = [
+    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "sample", "evaluate",
+]
 
 
 @pytest.mark.parametrize("script", COMMANDS)
