@@ -107,8 +107,8 @@ def make_prompts(tokenizer: Tokenizer, rows: list[dict]) -> tuple[list[str], lis
         for i in too_long:
             name = templates[i].field
             if not fields[i][name]:
-                raise UserError(f"{rows[i]['where']}: column {name!r} is cut to nothing, and the prompt still "
-                                f"has more than {templates[i].limit} tokens")
+                raise UserError(f"{rows[i]['where']}: column {name!r} is cut to nothing, and still the "
+                                f"prompt has more than {templates[i].limit} tokens")
             fields[i][name] = cut(fields[i][name], most[i])
         for i, tokens in zip(too_long, encoded(too_long)):
             ids[i] = tokens

@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from tqdm import tqdm
 
@@ -43,6 +43,26 @@ PRICES = {
 REFUSED = {"content_filter", "content_policy_violation"}  # codes of error 400: understood and declined
 
 
+def parse_url(text: str) -> SplitResult:
+    url = urlsplit(text)
+    if url.username or url.password or SECRET.search(url.query):
+        raise UserError("--judge_url holds a password or a key, and would be written to run.json: "
+                        f"put the key into the environment variable {KEY}")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise UserError(f"--judge_url={text}: expected http://HOST:PORT/v1 or https://HOST/v1")
+    return url
+
+
+def prices(model: str, local: bool, price_in: float, price_out: float) -> tuple[float, float]:
+    """Dollars per million tokens of prompts and of answers: as given, or, below 0, as known."""
+    known_in, known_out = (0.0, 0.0) if local else PRICES.get(model, (math.nan, math.nan))
+    price = (price_in if price_in >= 0 else known_in, price_out if price_out >= 0 else known_out)
+    if any(map(math.isnan, price)):
+        raise UserError(f"--judge_model={model}: price unknown, so --judge_max_cost cannot be kept; give "
+                        "--judge_price_in and --judge_price_out (dollars per million tokens, 0 if free)")
+    return price
+
+
 class LLMJudge:
     """judge(posts, summaries_a, summaries_b) -> preferences.
 
@@ -64,25 +84,14 @@ class LLMJudge:
         self.url = judge_url
         self.order = judge_order
         self.seed = seed
-        url = urlsplit(judge_url)
-        if url.username or url.password or SECRET.search(url.query):
-            raise UserError("--judge_url holds a password or a key, and would be written to run.json: "
-                            f"put the key into the environment variable {KEY}")
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError(f"--judge_url={judge_url}: expected http://HOST:PORT/v1 or https://HOST/v1")
+        url = parse_url(judge_url)
         local = url.hostname in ("localhost", "127.0.0.1", "::1")
         # what an answer is kept under: a local server may come back on another port
         self.place = url._replace(netloc=url.hostname).geturl() if local else judge_url
         self.key = os.environ.get(KEY, "")
         if not self.key and not local:
             raise UserError(f"--judge=llm: put the key of {judge_url} into the environment variable {KEY}")
-        known = (0.0, 0.0) if local else PRICES.get(judge_model, (math.nan, math.nan))
-        given = (judge_price_in, judge_price_out)
-        price = tuple(mine if mine >= 0 else listed for mine, listed in zip(given, known))
-        if any(map(math.isnan, price)):
-            raise UserError(f"--judge_model={judge_model}: price unknown, so --judge_max_cost cannot be "
-                            "kept; give --judge_price_in and --judge_price_out (dollars per million tokens, "
-                            "0 if it is free)")
+        price = prices(judge_model, local, judge_price_in, judge_price_out)
         self.system, self.user = read_template(judge_template)
         self.cache = AnswerCache(judge_cache)
         self.budget = Budget(price, judge_max_requests, judge_max_cost)

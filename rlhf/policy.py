@@ -40,8 +40,8 @@ ADVANTAGES = {"rloo": leave_one_out, "grpo": group_normalized}
 # f(logprobs, old_logprobs, advantages (N, K), mask, clip, clip_high) -> losses (N, K), and for the log
 # {"ratio", "clipfrac"} (N, K). rho is a ratio of new to old probabilities, and
 #     loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high))    clip_high: as clip if None
-# `clipfrac` is 1 where the clipped branch is the larger one: no gradient there. The logged ratio is in
-# float64: a far update makes one of 1e23, and its square is beyond float32.
+# `clipfrac` is 1 where the clipped branch is the larger one, where there is no gradient. The logged ratio is
+# in float64: a far update makes one of 1e23, and its square is beyond float32.
 
 
 def clipped(ratio: Tensor, advantages: Tensor, clip: float, clip_high: float | None) -> tuple[Tensor, Tensor]:

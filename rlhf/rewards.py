@@ -74,7 +74,7 @@ def parse_reward(text: str) -> dict[str, float]:
     coefficients = {"score": 1.0}
     given = set()
     for part in text.split("+"):
-        term, _, number = part.strip().partition(":")
+        term, colon, number = part.strip().partition(":")
         if term != "score" and term not in REWARDS:
             known = ", ".join(["score", *REWARDS])
             raise UserError(f"--reward={text}: no term {term!r}; known: {known}, "
@@ -83,7 +83,7 @@ def parse_reward(text: str) -> dict[str, float]:
             raise UserError(f"--reward={text}: names {term!r} twice; change its coefficient instead")
         given.add(term)
         try:
-            coefficients[term] = float(number) if number else 1.0 if term == "score" else COEFFICIENT
+            coefficients[term] = float(number) if colon else 1.0 if term == "score" else COEFFICIENT
         except ValueError:
             coefficients[term] = math.nan
         if not math.isfinite(coefficients[term]):

@@ -1,4 +1,5 @@
-"""A tiny world for faults, and what can go wrong on a disk: every state that a kill may leave, and a full disk."""
+"""A tiny world for faults, and what can go wrong on a disk: every state that a kill may leave, and a full
+disk."""
 
 import errno
 import hashlib
@@ -31,7 +32,11 @@ ALL = [*TRAINING, evaluate, best_of_n]
 
 def make_world(out: Path) -> None:
     """Data, an SFT model and a reward model with 1 layer of width 16."""
-    toy.main(toy.Config(out_dir=str(out / "data"), posts=12, pairs=8, rankings=4, validation=4, test=2, size="small"))
+    toy.main(
+        toy.Config(
+            out_dir=str(out / "data"), posts=12, pairs=8, rankings=4, validation=4, test=2, size="small"
+        )
+    )
     raw = json.loads((out / "data/base/config.json").read_text())
     raw |= {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
     (out / "data/base/config.json").write_text(json.dumps(raw))
@@ -44,15 +49,32 @@ def config(world: Path, script, out_dir: Path, **changes):
     io = {"data_dir": str(world / "data"), "out_dir": str(out_dir), "device": "cpu"}
     train = {"save_every": 1, "lr": 1e-3}
     small = {
-        train_sft: {**train, "model": f"{world}/data/base", "init": "scratch", "batch_size": 6, "eval_rows": 2},
+        train_sft: {
+            **train,
+            "model": f"{world}/data/base",
+            "init": "scratch",
+            "batch_size": 6,
+            "eval_rows": 2,
+        },
         train_rm: {**train, "model": f"{world}/sft", "batch_size": 3, "center_rows": 4, "eval_rows": 2},
         train_rloo: {
-            **train, "model": f"{world}/sft", "reward_model": f"{world}/rm", "batch_size": 4, "episodes": 8, "k": 2,
-            "ppo_epochs": 1, "response_tokens": 3, "eval_rows": 2,
+            **train,
+            "model": f"{world}/sft",
+            "reward_model": f"{world}/rm",
+            "batch_size": 4,
+            "episodes": 8,
+            "k": 2,
+            "ppo_epochs": 1,
+            "response_tokens": 3,
+            "eval_rows": 2,
         },
         train_simpo: {**train, "model": f"{world}/sft", "loss": "dpo", "batch_size": 4, "eval_rows": 2},
         evaluate: {
-            "model": f"{world}/sft", "ref_model": f"{world}/sft", "reward_model": f"{world}/rm", "judge": "rm", "n": 2,
+            "model": f"{world}/sft",
+            "ref_model": f"{world}/sft",
+            "reward_model": f"{world}/rm",
+            "judge": "rm",
+            "n": 2,
             "response_tokens": 3,
         },
         best_of_n: {"model": f"{world}/sft", "reward_model": f"{world}/rm", "rows": 2, "samples": 2},
@@ -98,6 +120,7 @@ def watched(folder: Path, seen: Callable[[str, Path], None]) -> Iterator[None]:
         def wrapper(content, path, *args, **options):
             HOOK[0]("open", (path, "wb", 0)) if HOOK else None
             return write(content, path, *args, **options)
+
         return wrapper
 
     saves = rlhf.pretrained.save_file, torch.save
@@ -119,7 +142,8 @@ def state_of(folder: Path) -> str:
 
 
 def states(work: Callable[[], object], folder: Path, store: Path) -> dict[str, Path]:
-    """{state: a copy of `folder` in it}: all that a kill of `work` could leave there, files half written too."""
+    """{state: a copy of `folder` in it}: all that a kill of `work` could leave there, files half written
+    too."""
     found: dict[str, Path] = {}
 
     def keep(cut: Path | None = None, append: bool = False) -> None:
@@ -172,7 +196,9 @@ def outcome(run: Path) -> dict:
     weights = {str(path.relative_to(run)): path.read_bytes() for path in run.glob("*.safetensors")}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] if weights else []
     result = json.loads((run / "result.json").read_text())
-    timeless = [{k: v for k, v in line.items() if "second" not in k and k != "out_dir"} for line in [*lines, result]]
+    timeless = [
+        {k: v for k, v in line.items() if "second" not in k and k != "out_dir"} for line in [*lines, result]
+    ]
     files = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and p.suffix != ".writing")
     return {"weights": weights, "log": timeless, "files": files}
 

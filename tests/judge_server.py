@@ -1,4 +1,5 @@
-"""A server on 127.0.0.1 that speaks the chat-completions protocol, by itself or as a proxy of a real one, and fails on command."""
+"""A server on 127.0.0.1 that speaks the chat-completions protocol, by itself or as a proxy of a real one,
+and fails on command."""
 
 import json
 import threading
@@ -25,14 +26,34 @@ class JudgeServer:
 
     answer(prompt) -> text      what the model says; or upstream="http://...": a real server says it
     fault(prompt, attempt)      None, or what goes wrong at this attempt (counted from 0 per prompt):
-                                "429" (Retry-After), "500", "slow", "cut", "drop", "garbage", "refusal", "echo key", or an int: that status
+                                "429" (Retry-After), "500", "slow", "cut", "drop", "garbage", "refusal",
+                                "echo key", or an int: that status
     answered, requests, connections at a time are counted; `log` holds (time, prompt, what happened).
     """
 
-    def __init__(self, answer=alphabetic, fault=lambda prompt, attempt: None, upstream: str = "", delay: float = 0.0,
-                 retry_after: str = "0.3"):
-        self.answer, self.fault, self.upstream, self.delay, self.retry_after = answer, fault, upstream, delay, retry_after
-        self.answered, self.requests, self.log, self.lock, self.busy, self.most_busy = Counter(), Counter(), [], threading.Lock(), 0, 0
+    def __init__(
+        self,
+        answer=alphabetic,
+        fault=lambda prompt, attempt: None,
+        upstream: str = "",
+        delay: float = 0.0,
+        retry_after: str = "0.3",
+    ):
+        self.answer, self.fault, self.upstream, self.delay, self.retry_after = (
+            answer,
+            fault,
+            upstream,
+            delay,
+            retry_after,
+        )
+        self.answered, self.requests, self.log, self.lock, self.busy, self.most_busy = (
+            Counter(),
+            Counter(),
+            [],
+            threading.Lock(),
+            0,
+            0,
+        )
         self.bodies = []
         outer = self
 
@@ -56,7 +77,9 @@ class JudgeServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *error):
@@ -86,11 +109,25 @@ class JudgeServer:
             handler.close_connection = True
             handler.connection.close()
         elif kind == "429":
-            send(handler, 429, {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, {"Retry-After": self.retry_after})
+            send(
+                handler,
+                429,
+                {"error": {"message": "slow down", "code": "rate_limit_exceeded"}},
+                {"Retry-After": self.retry_after},
+            )
         elif kind == "quota":
             send(handler, 429, {"error": {"message": "pay first", "code": "insufficient_quota"}})
         elif kind == "echo key":
-            send(handler, 401, {"error": {"message": f"who is {handler.headers['Authorization']}?", "code": "invalid_api_key"}})
+            send(
+                handler,
+                401,
+                {
+                    "error": {
+                        "message": f"who is {handler.headers['Authorization']}?",
+                        "code": "invalid_api_key",
+                    }
+                },
+            )
         elif kind == "filtered":
             send(handler, 400, {"error": {"message": "not that", "code": "content_filter"}})
         elif kind == "500" or isinstance(kind, int):
@@ -103,7 +140,11 @@ class JudgeServer:
         else:
             if kind == "slow":
                 time.sleep(1.5)
-            data = self.ask_upstream(handler, body) if self.upstream else json.dumps(completion(self.answer(prompt))).encode()
+            data = (
+                self.ask_upstream(handler, body)
+                if self.upstream
+                else json.dumps(completion(self.answer(prompt))).encode()
+            )
             if kind == "cut":
                 send(handler, 200, data, cut=len(data) // 2)
             else:
@@ -111,13 +152,19 @@ class JudgeServer:
                 self.answered[prompt] += kind != "slow"
 
     def ask_upstream(self, handler, body: bytes) -> bytes:
-        request = urllib.request.Request(self.upstream + "/chat/completions", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.upstream + "/chat/completions", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.read()
 
 
 def completion(content: str | None, **message) -> dict:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content, **message}}
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": content, **message},
+    }
     usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
     return {"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage}
 
@@ -125,7 +172,11 @@ def completion(content: str | None, **message) -> dict:
 def send(handler, status: int, content: dict | bytes, headers: dict | None = None, cut: int = 0) -> None:
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     handler.send_response(status)
-    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
+    for name, value in {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(data)),
+        **(headers or {}),
+    }.items():
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(data[: cut or None])

@@ -255,7 +255,8 @@ def test_no_prepared_data(tmp_path):
 
 def test_tokenizer_must_be_the_data_s_own(data_dir, tmp_path):
     check_tokenizer(data_dir, tiny_tokenizer(), vocab_size=TOKENIZER.get_vocab_size(), model="m")
-    with pytest.raises(UserError, match="m: the data has tokens up to 275, the model's embedding only 50 rows"):
+    said = "m: the data has tokens up to 275, the model's embedding only 50 rows"
+    with pytest.raises(UserError, match=said):
         check_tokenizer(data_dir, TOKENIZER, vocab_size=50, model="m")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json"):
@@ -444,10 +445,14 @@ def test_finished_run(cfg, capsys):
 # --- every script, and the presets
 
 
-SCRIPTS = [
-    "train_sft", "train_rm", "train_rloo", "train_simpo", "train_online", "train_ppo", "sample",
-    "evaluate", "study.best_of_n", "study.plot", "study.results", "data.toy", "data.tldr", "data.jsonl",
-]
+FILES = [path for folder in ("", "data/", "study/") for path in sorted(ROOT.glob(f"{folder}*.py"))]
+SCRIPTS = [str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in FILES
+           if re.search("^class Config:", path.read_text(), re.M)]
+
+
+def test_scripts_are_found():
+    some = {"train_sft", "train_rm", "train_rloo", "train_simpo", "evaluate", "data.toy", "data.tldr"}
+    assert some | {"study.plot", "study.best_of_n", "study.results"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

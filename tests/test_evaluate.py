@@ -1,4 +1,4 @@
-"""evaluate.py on a tiny world: numbers by formulas, kill and resume, bad input, a real server as the judge."""
+"""evaluate.py on a tiny world: numbers by formulas, kill and resume, bad input, a real server as a judge."""
 
 import json
 import math
@@ -129,7 +129,7 @@ def test_every_number_of_a_greedy_evaluation(world, tmp_path, capsys):
 
 
 def test_kl_and_entropy_are_of_samples(world, tmp_path):
-    """kl and kl_full estimate the same number; both are 0 to itself; sampled summaries are their own sample."""
+    """kl and kl_full estimate one number, are 0 to the model itself; summaries may be their own sample."""
     ref = str(world / "rloo/ckpt/step_00000009")
     sampled = main(config(world, tmp_path / "a", ref_model=ref, temperature=1.0, n=40))
     rows = table(tmp_path / "a")
@@ -328,8 +328,8 @@ def key(monkeypatch):
 
 
 def test_killed_and_resumed_gives_the_identical_table(world, tmp_path, key):
-    """kill -9 while it summarises, judges and ends; the server fails now and then. Then the same command again,
-    to the end."""
+    """kill -9 while it summarises, judges and ends; the server fails now and then. Then the same command to
+    the end."""
     settings = {
         "model": str(world / "rloo/ckpt/*"), "judge": "llm,gold", "judge_model": "tiny",
         "ref_model": str(world / "sft"), "n": 16,

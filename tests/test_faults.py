@@ -1,5 +1,5 @@
-"""Nothing loses a run: kills and full disks at every file operation, overwriting, changed inputs, damage, locks;
-and malformed inputs by kind over all scripts: one clear line, the right exit code, nothing lost."""
+"""Nothing loses a run: kills and full disks at every file operation, overwriting, changed inputs, damage,
+locks; and malformed inputs by kind over all scripts: one clear line, the right exit code, nothing lost."""
 
 import json
 import multiprocessing
@@ -136,6 +136,7 @@ def test_a_real_limit_on_bytes_is_one_line(world, tmp_path, capsys, monkeypatch)
     """torch and safetensors have errors of their own for a disk that is full."""
     import resource
     import signal
+
     cfg = config(world, train_sft, tmp_path / "run")
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -182,25 +183,30 @@ def test_a_written_file_is_old_or_new(tmp_path):
         write_file(file, fail)
     assert file.read_text() == "old"
     write_file(file, "new")
-    assert file.read_text() == "new" and [p.name for p in tmp_path.iterdir() if p.suffix == ".json"] == ["a.json"]
+    assert file.read_text() == "new" and [p.name for p in tmp_path.iterdir() if p.suffix == ".json"] == [
+        "a.json"
+    ]
 
 
 # --- what --overwrite may touch
 
 
-@pytest.mark.parametrize("script, changes", [
-    (train_rm, {"model": "run/train_sft", "out_dir": "run/train_sft"}),
-    (train_rm, {"model": "run/train_sft", "out_dir": "run/train_sft/rm"}),
-    (train_rm, {"model": "run/train_sft/ckpt/step_00000002", "out_dir": "run/train_sft"}),
-    (train_rloo, {"reward_model": "run/train_rm", "out_dir": "run/train_rm"}),
-    (train_simpo, {"ref_model": "run/train_sft", "out_dir": "run"}),
-    (train_sft, {"out_dir": "data"}),
-    (train_sft, {"out_dir": "data/base"}),
-    (evaluate, {"model": "run/train_sft", "out_dir": "run/train_sft"}),
-    (evaluate, {"model": "run/train_*", "out_dir": "run/train_sft"}),
-    (evaluate, {"model": "sft,run/train_sft", "out_dir": "run"}),
-    (best_of_n, {"model": "run/train_sft", "out_dir": "run/train_sft"}),
-])
+@pytest.mark.parametrize(
+    "script, changes",
+    [
+        (train_rm, {"model": "run/train_sft", "out_dir": "run/train_sft"}),
+        (train_rm, {"model": "run/train_sft", "out_dir": "run/train_sft/rm"}),
+        (train_rm, {"model": "run/train_sft/ckpt/step_00000002", "out_dir": "run/train_sft"}),
+        (train_rloo, {"reward_model": "run/train_rm", "out_dir": "run/train_rm"}),
+        (train_simpo, {"ref_model": "run/train_sft", "out_dir": "run"}),
+        (train_sft, {"out_dir": "data"}),
+        (train_sft, {"out_dir": "data/base"}),
+        (evaluate, {"model": "run/train_sft", "out_dir": "run/train_sft"}),
+        (evaluate, {"model": "run/train_*", "out_dir": "run/train_sft"}),
+        (evaluate, {"model": "sft,run/train_sft", "out_dir": "run"}),
+        (best_of_n, {"model": "run/train_sft", "out_dir": "run/train_sft"}),
+    ],
+)
 def test_no_input_is_replaced(world, tmp_path, script, changes):
     copy = Path(shutil.copytree(world, tmp_path / "world"))
     before = faults.state_of(copy)
@@ -221,7 +227,14 @@ def test_only_a_run_of_the_same_script_is_replaced(world, tmp_path):
     with pytest.raises(UserError, match="is a run, no prepared data"):
         toy.main(toy.Config(out_dir=str(run), overwrite=True))
     with pytest.raises(UserError, match="holds data of another world"):
-        tldr.main(tldr.Config(out_dir=str(world / "data"), overwrite=True, source=str(tmp_path / "run"), tokenizer=str(world / "sft")))
+        tldr.main(
+            tldr.Config(
+                out_dir=str(world / "data"),
+                overwrite=True,
+                source=str(tmp_path / "run"),
+                tokenizer=str(world / "sft"),
+            )
+        )
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         train_sft.main(config(world, train_sft, tmp_path / "file", overwrite=True))
@@ -288,11 +301,17 @@ def test_one_process_per_run(world, tmp_path):
 # --- what a resume may find
 
 
-@pytest.mark.parametrize("script, option, file", [
-    (train_sft, "data_dir", "sft_train.parquet"), (train_rm, "data_dir", "pairs_validation.parquet"),
-    (train_rm, "model", "model.safetensors"), (train_rloo, "reward_model", "model.safetensors"),
-    (train_rloo, "data_dir", "meta.json"), (train_simpo, "model", "config.json"),
-])
+@pytest.mark.parametrize(
+    "script, option, file",
+    [
+        (train_sft, "data_dir", "sft_train.parquet"),
+        (train_rm, "data_dir", "pairs_validation.parquet"),
+        (train_rm, "model", "model.safetensors"),
+        (train_rloo, "reward_model", "model.safetensors"),
+        (train_rloo, "data_dir", "meta.json"),
+        (train_simpo, "model", "config.json"),
+    ],
+)
 def test_changed_inputs_are_refused(world, tmp_path, script, option, file):
     copy = Path(shutil.copytree(world, tmp_path / "world"))
     cfg = config(copy, script, tmp_path / "run")
@@ -369,7 +388,10 @@ def test_a_checksum_sees_every_bit(tmp_path):
 def test_settings_that_may_change_at_a_resume(world, tmp_path, capsys):
     run = unfinished(world, train_rloo, tmp_path)
     train_rloo.main(config(world, train_rloo, run, resume=True, rollout_prompts=1, eval_rows=1))
-    assert "--eval_rows was 2, is 1; --rollout_prompts was 64, is 1: from here on other samples" in capsys.readouterr().out
+    assert (
+        "--eval_rows was 2, is 1; --rollout_prompts was 64, is 1: from here on other samples"
+        in capsys.readouterr().out
+    )
     about = json.loads((run / "run.json").read_text())
     assert about["config"]["rollout_prompts"] == 1
     assert about["changes"] == [{"step": 2, "eval_rows": [2, 1], "rollout_prompts": [64, 1]}]
@@ -387,7 +409,11 @@ def test_a_finished_run_is_made_longer(world, tmp_path):
         with pytest.raises(UserError, match="was .*, is .* made longer if --schedule=constant"):
             script.main(replace(short, resume=True))  # shorter again
         with pytest.raises(UserError, match="start a new run with --model="):
-            script.main(config(world, script, run_of(world, script, tmp_path / script.__name__), resume=True, **length))
+            script.main(
+                config(
+                    world, script, run_of(world, script, tmp_path / script.__name__), resume=True, **length
+                )
+            )
 
 
 def test_a_finished_run_says_so(world, tmp_path, capsys):
@@ -413,15 +439,25 @@ def test_every_number_has_a_range(script, capsys, monkeypatch):
         assert name in RANGES, f"{script.__name__} --{name} has no range in config.py"
         below = {"[0, inf)": "-1", "(0, inf)": "0", "(-inf, inf)": "nan"}.get(RANGES[name], "-7")
         above = RANGES[name].split(", ")[1][:-1]
-        beyond = {"1": ["7"], "0.5": ["7"], "inf": ["inf", "1e999"] if RANGES[name].endswith(")") else []}.get(above, [])
+        beyond = {
+            "1": ["7"],
+            "0.5": ["7"],
+            "inf": ["inf", "1e999"] if RANGES[name].endswith(")") else [],
+        }.get(above, [])
         for value in (below, "nan", "-inf", "abc", "", *beyond):
             code, line = call_with(script, [*given, f"--{name}={value}"], capsys, monkeypatch)
             assert code == 2 and f"--{name}" in line and "error: " in line, (name, value, line)
 
 
 def test_ranges_hold_in_process_too(world, tmp_path):
-    for script, changes in ((train_sft, {"batch_size": 0}), (train_rm, {"max_grad_norm": -1.0}), (train_rloo, {"episodes": 0}),
-                            (train_simpo, {"label_smoothing": 2.0}), (train_simpo, {"beta": -1.0}), (evaluate, {"judge_max_cost": float("nan")})):
+    for script, changes in (
+        (train_sft, {"batch_size": 0}),
+        (train_rm, {"max_grad_norm": -1.0}),
+        (train_rloo, {"episodes": 0}),
+        (train_simpo, {"label_smoothing": 2.0}),
+        (train_simpo, {"beta": -1.0}),
+        (evaluate, {"judge_max_cost": float("nan")}),
+    ):
         with pytest.raises(UserError, match=f"--{next(iter(changes))}=.* must be "):
             script.main(config(world, script, tmp_path / "run", **changes))
     check_ranges(config(world, train_simpo, tmp_path / "run"))
@@ -438,7 +474,9 @@ def test_the_last_line_of_a_failed_run_is_its_error(world, tmp_path, capsys, mon
 
     monkeypatch.setattr(train_sft, "set_lr", lambda optimizer, lr: fail() if lr < 0.0009 else None)
     code, line = call(train_sft, config(world, train_sft, tmp_path / "run"), capsys, monkeypatch)
-    assert (code, line) == (1, "error: not finite") and len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) > 0
+    assert (code, line) == (1, "error: not finite") and len(
+        (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ) > 0
 
 
 def test_out_of_memory_says_what_to_do(world, tmp_path, capsys, monkeypatch):
@@ -504,18 +542,24 @@ BAD_IDS = {
     "no column": "drop",
 }
 READ = [
-    (train_sft, "sft_train", "query_token", {}), (train_sft, "sft_train", "reference_response_token", {}),
+    (train_sft, "sft_train", "query_token", {}),
+    (train_sft, "sft_train", "reference_response_token", {}),
     (train_sft, "sft_validation", "query_token", {"eval_rows": 0}),
-    (train_rm, "pairs_train", "query_token", {}), (train_rm, "pairs_train", "rejected_token", {}),
+    (train_rm, "pairs_train", "query_token", {}),
+    (train_rm, "pairs_train", "rejected_token", {}),
     (train_rm, "pairs_validation", "chosen_token", {"eval_rows": 0}),
     (train_rm, "sft_train", "reference_response_token", {"center_rows": 0}),
-    (train_rloo, "sft_train", "query_token", {}), (train_rloo, "sft_validation", "query_token", {"eval_rows": 0}),
-    (train_simpo, "pairs_train", "chosen_token", {}), (train_simpo, "pairs_validation", "rejected_token", {"eval_rows": 0}),
+    (train_rloo, "sft_train", "query_token", {}),
+    (train_rloo, "sft_validation", "query_token", {"eval_rows": 0}),
+    (train_simpo, "pairs_train", "chosen_token", {}),
+    (train_simpo, "pairs_validation", "rejected_token", {"eval_rows": 0}),
     (train_simpo, "sft_validation", "query_token", {"eval_rows": 0}),
 ]
 
 
-@pytest.mark.parametrize("script, name, column, options", READ, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    "script, name, column, options", READ, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_bad_token_columns(world, tmp_path, capsys, monkeypatch, script, name, column, options):
     for kind, change in BAD_IDS.items():
         shutil.copytree(world / "data", tmp_path / "data", dirs_exist_ok=True)
@@ -526,12 +570,19 @@ def test_bad_token_columns(world, tmp_path, capsys, monkeypatch, script, name, c
         assert not (tmp_path / "run").exists(), kind
 
 
-@pytest.mark.parametrize("kind, change", {
-    "rows of other lengths": last_row(lambda row: row[:-1]), "a null response": last_row(lambda row: [*row[:-1], None]),
-    "a null row": last_row(lambda row: None), "one level": lambda rows: [row[0] for row in rows],
-    "an id beyond the vocabulary": last_row(lambda row: [*row[:-1], [10**6]]), "texts": lambda rows: ["a"] * len(rows),
-    "a response without tokens": last_row(lambda row: [*row[:-1], []]),
-}.items(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "kind, change",
+    {
+        "rows of other lengths": last_row(lambda row: row[:-1]),
+        "a null response": last_row(lambda row: [*row[:-1], None]),
+        "a null row": last_row(lambda row: None),
+        "one level": lambda rows: [row[0] for row in rows],
+        "an id beyond the vocabulary": last_row(lambda row: [*row[:-1], [10**6]]),
+        "texts": lambda rows: ["a"] * len(rows),
+        "a response without tokens": last_row(lambda row: [*row[:-1], []]),
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_bad_rankings(world, tmp_path, capsys, monkeypatch, kind, change):
     shutil.copytree(world / "data", tmp_path / "data")
     change_table(tmp_path / "data/rankings_train.parquet", "responses_token", change)
@@ -546,7 +597,10 @@ def test_bad_text_columns_and_files(world, tmp_path, capsys, monkeypatch, script
     texts = ["query", "id"] + (["reference_response"] if table.startswith("sft") else ["chosen"])
     cases = {}
     for column in texts:
-        cases |= {(column, "null"): last_row(lambda text: None), (column, "numbers"): lambda rows: list(range(len(rows)))}
+        cases |= {
+            (column, "null"): last_row(lambda text: None),
+            (column, "numbers"): lambda rows: list(range(len(rows))),
+        }
     for (column, kind), change in cases.items():
         shutil.copytree(world / "data", tmp_path / "data", dirs_exist_ok=True)
         change_table(tmp_path / f"data/{table}.parquet", column, change)
@@ -560,8 +614,15 @@ def test_bad_text_columns_and_files(world, tmp_path, capsys, monkeypatch, script
     for content in (b"", b"PAR1", whole[:-20], whole[20:], b"garbage" * 99, None):
         path.unlink(missing_ok=True)
         path.write_bytes(content) if content is not None else None
-        code, line = call(script, config(world, script, tmp_path / "run", data_dir=str(tmp_path / "data")), capsys, monkeypatch)
-        assert code == (2 if content is not None or script is not train_rm else 0) and (code == 0 or table in line), (content, line)
+        code, line = call(
+            script,
+            config(world, script, tmp_path / "run", data_dir=str(tmp_path / "data")),
+            capsys,
+            monkeypatch,
+        )
+        assert code == (2 if content is not None or script is not train_rm else 0) and (
+            code == 0 or table in line
+        ), (content, line)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
@@ -573,7 +634,12 @@ def test_bad_json(world, tmp_path, capsys, monkeypatch, script):
     """meta.json, config.json, tokenizer.json that are not what they should be; and none at all."""
     copy = Path(shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("run")))
     cfg = config(copy, script, tmp_path / "run")
-    for file in (copy / "data/meta.json", Path(cfg.model) / "config.json", Path(cfg.model) / "tokenizer.json", copy / "data/tokenizer.json"):
+    for file in (
+        copy / "data/meta.json",
+        Path(cfg.model) / "config.json",
+        Path(cfg.model) / "tokenizer.json",
+        copy / "data/tokenizer.json",
+    ):
         whole = file.read_bytes()
         for text in [*JSON, None]:
             file.unlink()
@@ -588,11 +654,27 @@ def test_bad_config_values(world, tmp_path, capsys, monkeypatch):
     raw = json.loads((world / "sft/config.json").read_text())
     shutil.copytree(world / "sft", tmp_path / "sft")
     cfg = config(world, train_rm, tmp_path / "run", model=str(tmp_path / "sft"))
-    bad = {name: [None, "12", -3, 0, 10**9, 1.5, [3], True] for name in ("vocab_size", "hidden_size", "num_hidden_layers",
-                                                                        "num_attention_heads", "intermediate_size")}
-    bad |= {"max_position_embeddings": ["12", -3, 0, [3]], "layer_norm_eps": ["x", -1.0, [1]], "hidden_act": [3, "none", []],
-            "rope_parameters": [3, "x", [1], {"rope_type": "yarn"}], "tie_word_embeddings": ["yes", 3], "model_type": [None, "llama", 3],
-            "use_parallel_residual": ["no", 0], "attention_bias": ["no"], "rotary_pct": ["x"]}
+    bad = {
+        name: [None, "12", -3, 0, 10**9, 1.5, [3], True]
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        )
+    }
+    bad |= {
+        "max_position_embeddings": ["12", -3, 0, [3]],
+        "layer_norm_eps": ["x", -1.0, [1]],
+        "hidden_act": [3, "none", []],
+        "rope_parameters": [3, "x", [1], {"rope_type": "yarn"}],
+        "tie_word_embeddings": ["yes", 3],
+        "model_type": [None, "llama", 3],
+        "use_parallel_residual": ["no", 0],
+        "attention_bias": ["no"],
+        "rotary_pct": ["x"],
+    }
     for name, values in bad.items():
         for value in values:
             changed = {**raw, name: value}
@@ -608,7 +690,13 @@ def test_bad_weights(world, tmp_path, capsys, monkeypatch):
     file = tmp_path / "sft/model.safetensors"
     whole, tensors = file.read_bytes(), load_file(file)
     name = "gpt_neox.final_layer_norm.weight"
-    contents = {"empty": b"", "cut": whole[:-9], "garbage": b"x" * 999, "header": whole[:8] + b"!" * (len(whole) - 8), "short": whole[:5]}
+    contents = {
+        "empty": b"",
+        "cut": whole[:-9],
+        "garbage": b"x" * 999,
+        "header": whole[:8] + b"!" * (len(whole) - 8),
+        "short": whole[:5],
+    }
     changed = {
         "a tensor missing": {k: v for k, v in tensors.items() if k != name},
         "one too many": {**tensors, "gpt_neox.other": torch.zeros(3)},
@@ -623,7 +711,12 @@ def test_bad_weights(world, tmp_path, capsys, monkeypatch):
             file.unlink(missing_ok=True)
             save(content, file) if isinstance(content, dict) else file.write_bytes(content)
             code, line = call(script, cfg, capsys, monkeypatch)
-            assert code == 2 and "safetensors" in line or "tensors missing" in line, (script, kind, code, line)
+            assert code == 2 and "safetensors" in line or "tensors missing" in line, (
+                script,
+                kind,
+                code,
+                line,
+            )
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
@@ -633,8 +726,12 @@ def test_damaged_runs_and_checkpoints(world, tmp_path, capsys, monkeypatch, scri
     run = unfinished(world, script, tmp_path)
     newest = max((run / "ckpt").iterdir())
     cfg = config(world, script, run, resume=True)
-    for file, without_sums in [(run / "run.json", False), (newest / "trainer.pt", True), (newest / "model.safetensors", True),
-                               (newest / "checksums.json", False)]:
+    for file, without_sums in [
+        (run / "run.json", False),
+        (newest / "trainer.pt", True),
+        (newest / "model.safetensors", True),
+        (newest / "checksums.json", False),
+    ]:
         sums = (newest / "checksums.json").read_bytes()
         whole = file.read_bytes()
         for content in (b"", whole[: len(whole) // 2], b"garbage", b"[]", b"{}", b"null"):
@@ -649,7 +746,12 @@ def test_damaged_runs_and_checkpoints(world, tmp_path, capsys, monkeypatch, scri
             assert faults.state_of(run) == before
         file.write_bytes(whole)
         (newest / "checksums.json").write_bytes(sums)
-    for state in ({}, {"optimizer": 3, "rng": 3, "step": "x"}, [1], {"optimizer": {}, "rng": torch.zeros(3), "step": 1}):
+    for state in (
+        {},
+        {"optimizer": 3, "rng": 3, "step": "x"},
+        [1],
+        {"optimizer": {}, "rng": torch.zeros(3), "step": 1},
+    ):
         (newest / "checksums.json").unlink(missing_ok=True)
         torch.save(state, newest / "trainer.pt")
         code, line = call(script, cfg, capsys, monkeypatch)
@@ -658,7 +760,16 @@ def test_damaged_runs_and_checkpoints(world, tmp_path, capsys, monkeypatch, scri
 
 def test_damaged_logs_are_told_by_plot_and_results(world, tmp_path, capsys, monkeypatch):
     study = tmp_path / "study"
-    for content in (b"", b"{}", b"[]", b"3", b"garbage", b'{"config": 3}', b'{"config": {}, "command": 7}', b"\xff\xfe"):
+    for content in (
+        b"",
+        b"{}",
+        b"[]",
+        b"3",
+        b"garbage",
+        b'{"config": 3}',
+        b'{"config": {}, "command": 7}',
+        b"\xff\xfe",
+    ):
         for name in ("run.json", "metrics.jsonl", "result.json"):
             shutil.rmtree(study, ignore_errors=True)
             shutil.copytree(world / "run/train_rloo", study / "small/rloo")
@@ -668,7 +779,9 @@ def test_damaged_logs_are_told_by_plot_and_results(world, tmp_path, capsys, monk
                 (results, [f"--study={study}", f"--out={tmp_path}/a.md"]),
             ]
             if name == "metrics.jsonl":
-                calls.append((plot, [f"--runs={study}/small/rloo", "--metrics=kl", f"--out={tmp_path}/a.png"]))
+                calls.append(
+                    (plot, [f"--runs={study}/small/rloo", "--metrics=kl", f"--out={tmp_path}/a.png"])
+                )
             for script, options in calls:
                 code, line = call_with(script, options, capsys, monkeypatch)
                 assert code in (0, 2), (name, content, script, line)
@@ -683,21 +796,38 @@ class Nobody:
 
 def judge(url: str, tmp_path: Path, **changes) -> LLMJudge:
     options = {
-        "judge_model": "m", "judge_template": "", "judge_order": "both", "judge_cache": str(tmp_path / "cache"), "judge_concurrency": 2,
-        "judge_timeout": 2.0, "judge_max_tokens": 5, "judge_max_requests": 0, "judge_max_cost": 1.0, "judge_price_in": 0.0,
-        "judge_price_out": 0.0, "seed": 1,
+        "judge_model": "m",
+        "judge_template": "",
+        "judge_order": "both",
+        "judge_cache": str(tmp_path / "cache"),
+        "judge_concurrency": 2,
+        "judge_timeout": 2.0,
+        "judge_max_tokens": 5,
+        "judge_max_requests": 0,
+        "judge_max_cost": 1.0,
+        "judge_price_in": 0.0,
+        "judge_price_out": 0.0,
+        "seed": 1,
     }
     return LLMJudge(judge_url=url, **{**options, **changes})
 
 
-@pytest.mark.parametrize("url", [
-    "https://me:hunter2@host/v1", "http://hunter2@localhost:1/v1", "https://host/v1?api_key=hunter2", "https://host/v1?a=1&access_token=hunter2",
-])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hunter2@host/v1",
+        "http://hunter2@localhost:1/v1",
+        "https://host/v1?api_key=hunter2",
+        "https://host/v1?a=1&access_token=hunter2",
+    ],
+)
 def test_a_password_in_the_url_is_refused_and_not_repeated(world, tmp_path, url, capsys, monkeypatch):
     pytest.importorskip("openai")
     cfg = config(world, evaluate, tmp_path / "run", judge="llm", judge_url=url)
     code, line = call(evaluate, cfg, capsys, monkeypatch)
-    assert code == 2 and "OPENAI_API_KEY" in line and "hunter2" not in line and not (tmp_path / "run").exists()
+    assert (
+        code == 2 and "OPENAI_API_KEY" in line and "hunter2" not in line and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize("url", ["", "localhost:1/v1", "ftp://host/v1", "http://"])
@@ -711,7 +841,9 @@ def test_a_server_that_is_not_there_is_named_within_seconds(tmp_path, monkeypatc
     pytest.importorskip("openai")
     monkeypatch.setattr("evaluation.llm_judge.FIRST_WAIT", 0.01)
     other = type("Summary", (), {"text": "b"})
-    with pytest.raises(RunError, match="no connection to http://127.0.0.1:9/v1: .*refused.* Is the server running"):
+    with pytest.raises(
+        RunError, match="no connection to http://127.0.0.1:9/v1: .*refused.* Is the server running"
+    ):
         judge("http://127.0.0.1:9/v1", tmp_path)([Nobody], [Nobody], [other])
 
 

@@ -53,8 +53,12 @@ def test_greedy_equals_full_forwards_and_transformers(models):
     for prompt, (response,) in zip(PROMPTS, responses):
         assert response == greedy_by_full_forwards(ours, prompt, R)
         row = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=R, do_sample=False, pad_token_id=1, eos_token_id=EOS,
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=R,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=EOS,
         )
         assert response == row[0, len(prompt) :].tolist()
 
@@ -354,16 +358,17 @@ def test_the_ends_of_the_mixture_are_the_models_themselves(models, other):
 
 @pytest.mark.parametrize("c", [0.125, 0.6])
 def test_a_mixture_is_of_logits_at_every_step(models, other, c):
-    """Greedy, against full forwards of both models; one of the two alone, or the mean of probabilities, says other."""
+    """Greedy, against full forwards of both models; one of the two alone, or the mean of probabilities,
+    says other."""
     model = models[0]
     prompts = PROMPTS[:4]
 
     def greedy(prompt, mix):
         ids = list(prompt)
         with torch.no_grad():
-            while len(ids) < len(prompt) + 6 and ids[len(prompt):][-1:] != [EOS]:
+            while len(ids) < len(prompt) + 6 and ids[len(prompt) :][-1:] != [EOS]:
                 ids.append(mix(logits_of(model, ids)[-1], logits_of(other, ids)[-1]).argmax().item())
-        return ids[len(prompt):]
+        return ids[len(prompt) :]
 
     found = [r[0] for r in generate(model, prompts, 1, 6, temperature=0, reference=other, mixture=c)[0]]
     assert found == [greedy(p, lambda a, b: (1 - c) * a + c * b) for p in prompts]

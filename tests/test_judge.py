@@ -155,6 +155,9 @@ def test_every_judge_maps_a_swap_to_one_minus_p_and_equals_to_a_half(tmp_path):
         for judge in (coin, gold):
             assert_symmetric(judge, posts, a, b)
         assert both(posts, a, b) == coin(posts, a, b) == expected(a, b)
+        for post, x, y in zip(posts, a, b):  # the coin shows the same text first if A and B are swapped
+            [(question, a_first)] = coin.questions(post, x, y)
+            assert coin.questions(post, y, x) == [(question, not a_first)]
         first_won = [d["verdicts"][0] == "A" for d in coin.details(posts, a, b)]
         a_first = [won == bool(e) for won, e in zip(first_won, expected(a, b))]
         assert 5 < sum(a_first) < 25
@@ -204,6 +207,8 @@ def test_agreement_with_people_is_compared_with_a_ruler():
     assert right["longer_by"] == ruler["longer_by"] == "tokens"
     half = agreement(lambda p, x, y: [math.nan, 1.0] * 100, posts, chosen, rejected)
     assert (half["pairs"], half["unjudged"]) == (100, 100)
+    judged = [longer(u, v) for u, v in zip(chosen[1::2], rejected[1::2])]
+    assert half["longer_wins"] == pytest.approx(sum(judged) / 100)  # on the same pairs
 
 
 def test_the_ruler_is_the_better_of_tokens_and_characters():
@@ -436,6 +441,8 @@ def test_price_key_and_package_are_asked_for_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="price unknown"):
         make_judge("llm", **far)
     assert make_judge("llm", **far | {"judge_model": "gpt-4o-mini"}).budget.price == (0.15, 0.60)
+    free = far | {"judge_price_in": 0.0, "judge_price_out": 0.0}
+    assert make_judge("llm", **free).budget.price == (0.0, 0.0)
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         make_judge("llm", **far)

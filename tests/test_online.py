@@ -112,7 +112,8 @@ def expected_over_coins(logits, options):
 
 
 def test_ipo_md_between_its_ends():
-    """Both samples from the mixture: c = 0 is online IPO, c = 1 samples the reference."""
+    """Both samples from the mixture: c = 0 is online IPO, c = 1 samples the reference, and between is
+    neither."""
     options = {"beta": TAU}
     ends = [expected(ipo, options, "soft", x, x) for x in (POLICY, REF)]
     for c, end in zip((0.0, 1.0), ends):
@@ -250,14 +251,25 @@ def test_online_dpo_of_trl_has_the_same_loss_and_gradient(loss, theirs):
     accelerator = SimpleNamespace(gather_for_metrics=lambda x: x, backward=lambda x, **_: backward.append(x))
     own = SimpleNamespace(
         args=SimpleNamespace(
-            use_vllm=False, missing_eos_penalty=None, loss_type=theirs, n_gpu=1, optim="adamw",
-            torch_empty_cache_steps=None, gradient_accumulation_steps=1,
+            use_vllm=False,
+            missing_eos_penalty=None,
+            loss_type=theirs,
+            n_gpu=1,
+            optim="adamw",
+            torch_empty_cache_steps=None,
+            gradient_accumulation_steps=1,
         ),
-        _generate=lambda *a: (ids, ids, ids, keep.long(), None), eos_token_ids=[0], ref_model="reference",
+        _generate=lambda *a: (ids, ids, ids, keep.long(), None),
+        eos_token_ids=[0],
+        ref_model="reference",
         _forward=lambda model, *a: reference if model == "reference" else policy,
         processing_class=SimpleNamespace(batch_decode=lambda x, **_: ["text"] * len(x)),
-        _calculate_rewards_from_functions=lambda **_: rewards, reward_funcs=[1], beta=0.1,
-        accelerator=accelerator, stats=defaultdict(list), state=SimpleNamespace(global_step=1),
+        _calculate_rewards_from_functions=lambda **_: rewards,
+        reward_funcs=[1],
+        beta=0.1,
+        accelerator=accelerator,
+        stats=defaultdict(list),
+        state=SimpleNamespace(global_step=1),
     )
     model = SimpleNamespace(train=lambda: None)
     trl.OnlineDPOTrainer.training_step(own, model, {"prompt": ["post"] * N})
@@ -337,7 +349,8 @@ def test_one_online_update_is_one_offline_update_on_the_same_strings(world, tmp_
     scores = scored(world, prompts, responses)
     rows = [
         {"query_token": p, "chosen_token": r[s.argmax()], "rejected_token": r[s.argmin()]}
-        for p, r, s in zip(prompts, responses, scores) if r[s.argmax()] != r[s.argmin()]
+        for p, r, s in zip(prompts, responses, scores)
+        if r[s.argmax()] != r[s.argmin()]
     ]
     assert lines(tmp_path / "online")[0]["tie_share"] == pytest.approx(1 - len(rows) / 16)
     for name, sides in (("same", ("chosen", "rejected")), ("turned", ("rejected", "chosen"))):
@@ -350,10 +363,20 @@ def test_one_online_update_is_one_offline_update_on_the_same_strings(world, tmp_
         for column, side in zip(("chosen", "rejected"), sides):
             table[f"{column}_token"] = [row[f"{side}_token"] for row in rows]
         pq.write_table(pa.table(table), data / "pairs_train.parquet")
-        train_simpo.main(train_simpo.Config(
-            data_dir=str(data), model=str(world / "sft"), out_dir=str(tmp_path / name), loss=loss,
-            device="cpu", batch_size=len(rows), lr=0.1, adam_eps=1.0, eval_rows=2, save_every=0,
-        ))
+        train_simpo.main(
+            train_simpo.Config(
+                data_dir=str(data),
+                model=str(world / "sft"),
+                out_dir=str(tmp_path / name),
+                loss=loss,
+                device="cpu",
+                batch_size=len(rows),
+                lr=0.1,
+                adam_eps=1.0,
+                eval_rows=2,
+                save_every=0,
+            )
+        )
     assert distance(tmp_path / "online", tmp_path / "same") < 2e-6
     moved = distance(tmp_path / "online", world / "sft")
     assert moved > 1e-4 and distance(tmp_path / "online", tmp_path / "turned") > moved
@@ -401,8 +424,15 @@ METHODS = [line for line in train_online.METHODS.splitlines() if "--loss=" in li
 @pytest.mark.parametrize("row", METHODS, ids=lambda row: row.split("--")[0].strip())
 def test_every_named_method_runs_as_documented(world, tmp_path, row):
     options = dict(part[2:].partition("=")[::2] for part in row.split() if part.startswith("--"))
-    kinds = {"loss": str, "label": str, "k": int, "epochs": int, "data_pair": bool, "move_reference": bool,
-             "round_updates": lambda _: 1}
+    kinds = {
+        "loss": str,
+        "label": str,
+        "k": int,
+        "epochs": int,
+        "data_pair": bool,
+        "move_reference": bool,
+        "round_updates": lambda _: 1,
+    }
     changes = {name: kinds.get(name, float)(value or 1) for name, value in options.items()}
     k = changes.get("k", 2)
     train_online.main(config_of(world, tmp_path / "run", **changes, batch_size=8 * k, episodes=16 * k))
@@ -418,22 +448,26 @@ def test_the_true_reward_compares_and_rankings_are_learnt_from(world, tmp_path, 
     assert (line["gold"] == pytest.approx(line["scores"], abs=1e-6)) == (scorer == "gold")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"k": 1}, "a comparison needs 2 responses"),
-    ({"k": 3, "opponent": 0.5, "batch_size": 30}, "must be even"),
-    ({"mixture": 1.5}, "--mixture=1.5"),
-    ({"opponent": -0.1}, "--opponent=-0.1"),
-    ({"label": "soft"}, "reads no probability; these do: ipo, osp, nash_md"),
-    ({"loss": "nash_md"}, "it takes --label=soft"),
-    ({"loss": "nash_md", "label": "soft", "k": 4}, "--k=2"),
-    ({"loss": "simpo_pl", "label": "sampled"}, "--label=hard"),
-    ({"loss": "dpp"}, "--loss=dpp: known are dpo, .*nash_md"),
-    ({"gamma": 1.0}, "--gamma: the loss dpo has none"),
-    ({"reward_model": ""}, "what compares"),
-    ({"move_reference": True}, "--round_updates"),
-    ({"temperature": 0.0}, "--temperature=0.0"),
-    ({"batch_size": 33}, "not divisible"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"k": 1}, "a comparison needs 2 responses"),
+        ({"k": 3, "opponent": 0.5, "batch_size": 30}, "must be even"),
+        ({"mixture": 1.5}, "--mixture=1.5"),
+        ({"opponent": -0.1}, "--opponent=-0.1"),
+        ({"label": "soft"}, "reads no probability; these do: ipo, osp, nash_md"),
+        ({"loss": "nash_md"}, "it takes --label=soft"),
+        ({"loss": "nash_md", "label": "soft", "k": 4}, "--k=2"),
+        ({"loss": "simpo_pl", "label": "sampled"}, "--label=hard"),
+        ({"loss": "dpp"}, "--loss=dpp: known are dpo, .*nash_md"),
+        ({"gamma": 1.0}, "--gamma: the loss dpo has none"),
+        ({"reward_model": ""}, "what compares"),
+        ({"move_reference": True}, "--round_updates"),
+        ({"temperature": 0.0}, "--temperature=0.0"),
+        ({"batch_size": 33}, "not divisible"),
+    ],
+    ids=str,
+)
 def test_bad_options_are_named(world, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train_online.main(config_of(world, tmp_path / "run", **changes))

@@ -68,6 +68,7 @@ def test_page_holds_everything_and_escapes_it():
     assert data["posts"][0]["summaries"][1]["ratios"] == RATIOS
     assert data["posts"][0]["summaries"][0]["ratios"] is None
     assert json.loads(embed(HOSTILE)) == HOSTILE
+    assert not set("<>&") & set(embed(HOSTILE))
     with pytest.raises(ValueError):
         embed(math.nan)
 

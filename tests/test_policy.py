@@ -11,7 +11,16 @@ from enumeration import Responses
 
 from rlhf.config import UserError
 from rlhf.masked import seq_logprobs
-from rlhf.policy import ADVANTAGES, POLICY_LOSSES, clipped_policy_loss, group_normalized, k1, k2, k3, leave_one_out
+from rlhf.policy import (
+    ADVANTAGES,
+    POLICY_LOSSES,
+    clipped_policy_loss,
+    group_normalized,
+    k1,
+    k2,
+    k3,
+    leave_one_out,
+)
 from rlhf.rewards import REWARDS, parse_reward, rlhf_reward
 
 torch.set_num_threads(1)
@@ -160,6 +169,7 @@ def test_clipped_policy_loss_equals_trl():
     be another loss."""
     pytest.importorskip("trl", reason="trl is not installed: the policy loss is not compared with TRL")
     from trl import RLOOTrainer
+
     N, K, R = 5, 3, 7
     g = torch.Generator().manual_seed(5)
     mask = torch.arange(R) < torch.randint(1, R + 1, (N, K, 1), generator=g)
@@ -171,14 +181,27 @@ def test_clipped_policy_loss_equals_trl():
     flat = logprobs.flatten(0, 1)
     self = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (flat, torch.zeros_like(flat), None),
-        epsilon_low=0.2, epsilon_high=0.2, aux_loss_enabled=False, accelerator=accelerator,
-        model=SimpleNamespace(training=True), _metrics={"train": metrics},
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        aux_loss_enabled=False,
+        accelerator=accelerator,
+        model=SimpleNamespace(training=True),
+        _metrics={"train": metrics},
     )
     keep = mask.flatten(0, 1)
     prompt = torch.ones(N * K, 1, dtype=torch.long)
-    theirs = RLOOTrainer._compute_loss(self, None, {
-        "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": keep.long(), "completion_mask": keep,
-        "old_logps": seq_logprobs(old, mask).flatten(), "advantages": advantages.flatten()})
+    theirs = RLOOTrainer._compute_loss(
+        self,
+        None,
+        {
+            "prompt_ids": prompt,
+            "prompt_mask": prompt,
+            "completion_ids": keep.long(),
+            "completion_mask": keep,
+            "old_logps": seq_logprobs(old, mask).flatten(),
+            "advantages": advantages.flatten(),
+        },
+    )
     losses, stats = clipped_policy_loss(logprobs, old, advantages, mask, clip=0.2)
     close(losses.mean(), theirs.detach())
     close(*(torch.autograd.grad(loss, logprobs)[0] for loss in (losses.mean(), theirs)))
@@ -199,26 +222,39 @@ def moved_batch(N=5, K=3, R=7, far=0.15):
 
 
 def test_ratios_by_hand():
-    """Two tokens with ratios 2 and 1/4: of the sequence 1/2, GSPO's its square root, of the tokens their own."""
+    """Two tokens with ratios 2 and 1/4: of the sequence 1/2, GSPO's its square root, of the tokens their
+    own."""
     logprobs = torch.tensor([[[math.log(2), math.log(0.25), PAD]]])
     mask = torch.tensor([[[True, True, False]]])
-    expected = {"sequence": (0.5, 0.8, 1), "gspo": (0.5**0.5, 0.8, 1), "token": (1.125, (1.2 + 0.25) / 2, 0.5)}
+    expected = {
+        "sequence": (0.5, 0.8, 1),
+        "gspo": (0.5**0.5, 0.8, 1),
+        "token": (1.125, (1.2 + 0.25) / 2, 0.5),
+    }
     for name, (ratio, positive, _) in expected.items():
         for A, value in ((1.0, min(positive, ratio)), (-1.0, None)):
-            losses, stats = POLICY_LOSSES[name](logprobs, torch.zeros(1, 1, 3), torch.tensor([[A]]), mask, clip=0.2)
+            losses, stats = POLICY_LOSSES[name](
+                logprobs, torch.zeros(1, 1, 3), torch.tensor([[A]]), mask, clip=0.2
+            )
             close(stats["ratio"], [[ratio]])
             if A > 0:
                 close(losses, [[-value]])
-    losses, stats = POLICY_LOSSES["token"](logprobs, torch.zeros(1, 1, 3), torch.tensor([[1.0]]), mask, 0.2, 0.5)
+    losses, stats = POLICY_LOSSES["token"](
+        logprobs, torch.zeros(1, 1, 3), torch.tensor([[1.0]]), mask, 0.2, 0.5
+    )
     close(losses, [[-(1.5 + 0.25) / 2]])
     close(stats["clipfrac"], [[0.5]])
-    losses, stats = POLICY_LOSSES["token"](logprobs, torch.zeros(1, 1, 3), torch.tensor([[-1.0]]), mask, 0.2, 0.5)
+    losses, stats = POLICY_LOSSES["token"](
+        logprobs, torch.zeros(1, 1, 3), torch.tensor([[-1.0]]), mask, 0.2, 0.5
+    )
     close(losses, [[(2 + 0.8) / 2]])  # the lower bound is still 0.8
 
 
 def test_gspo_to_the_power_of_the_length_is_the_ratio_of_rloo():
     logprobs, old, advantages, mask = moved_batch()
-    ratios = {name: loss(logprobs, old, advantages, mask, 0.2)[1]["ratio"] for name, loss in POLICY_LOSSES.items()}
+    ratios = {
+        name: loss(logprobs, old, advantages, mask, 0.2)[1]["ratio"] for name, loss in POLICY_LOSSES.items()
+    }
     close(ratios["gspo"] ** mask.sum(-1), ratios["sequence"])
     assert (ratios["gspo"] - ratios["sequence"]).abs().max() > 0.01
 
@@ -233,28 +269,51 @@ def test_at_the_old_policy_the_gradient_is_that_of_the_log_prob(name):
     assert (stats["ratio"] == 1).all() and not stats["clipfrac"].any()
 
 
-@pytest.mark.parametrize("name, clip, clip_high", [("token", 0.2, 0.2), ("token", 0.1, 0.28), ("gspo", 0.05, 0.08)])
+@pytest.mark.parametrize(
+    "name, clip, clip_high", [("token", 0.2, 0.2), ("token", 0.1, 0.28), ("gspo", 0.05, 0.08)]
+)
 def test_token_and_gspo_loss_equal_trl(name, clip, clip_high):
-    """Values and gradients of GRPOTrainer's own loss (loss_type grpo). The other ratio is another loss, and with the lower
-    bound in place of the upper one it is another one too."""
+    """Values and gradients of GRPOTrainer's own loss (loss_type grpo). The other ratio is another loss, and
+    with the lower bound in place of the upper one it is another one too."""
     pytest.importorskip("trl", reason="trl is not installed: the policy losses are not compared with TRL")
     from trl import GRPOTrainer
+
     logprobs, old, advantages, mask = moved_batch()
     flat = logprobs.flatten(0, 1)
     accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=False)
     self = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (flat, torch.zeros_like(flat), None),
-        epsilon_low=clip, epsilon_high=clip_high, aux_loss_enabled=False, accelerator=accelerator, beta=0.0,
-        model=SimpleNamespace(training=True), _metrics={"train": defaultdict(list)}, top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None, importance_sampling_level="sequence" if name == "gspo" else "token",
-        loss_type="grpo", args=SimpleNamespace(delta=None), use_vllm=False, current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False, use_adaptive_entropy=False,
+        epsilon_low=clip,
+        epsilon_high=clip_high,
+        aux_loss_enabled=False,
+        accelerator=accelerator,
+        beta=0.0,
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="sequence" if name == "gspo" else "token",
+        loss_type="grpo",
+        args=SimpleNamespace(delta=None),
+        use_vllm=False,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        use_adaptive_entropy=False,
     )
     keep = mask.flatten(0, 1)
     prompt = torch.ones(len(flat), 1, dtype=torch.long)
-    theirs = GRPOTrainer._compute_loss(self, None, {
-        "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": keep.long(), "completion_mask": keep,
-        "old_per_token_logps": old.flatten(0, 1), "advantages": advantages.flatten()})
+    theirs = GRPOTrainer._compute_loss(
+        self,
+        None,
+        {
+            "prompt_ids": prompt,
+            "prompt_mask": prompt,
+            "completion_ids": keep.long(),
+            "completion_mask": keep,
+            "old_per_token_logps": old.flatten(0, 1),
+            "advantages": advantages.flatten(),
+        },
+    )
     losses, stats = POLICY_LOSSES[name](logprobs, old, advantages, mask, clip, clip_high)
     close(losses.mean(), theirs.detach())
     close(*(torch.autograd.grad(loss, logprobs)[0] for loss in (losses.mean(), theirs)))
@@ -271,7 +330,8 @@ def test_token_and_gspo_loss_equal_trl(name, clip, clip_high):
 
 
 def expectation(terms, seed=4):
-    """Exact gradient of RLOO's expected reward under these terms, with a reference; and log pi, log pi_ref, logits."""
+    """Exact gradient of RLOO's expected reward under these terms, with a reference; and log pi, log pi_ref,
+    logits."""
     responses = Responses(vocab=3, length=2)
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64, requires_grad=True)
@@ -280,11 +340,18 @@ def expectation(terms, seed=4):
     logprobs = responses.logprobs(logits)
     rewards, _ = rlhf_reward(scores[None], logprobs, ref, responses.mask, terms)
     found = policy_gradient(responses, logits, rewards[0])
-    return found, seq_logprobs(logprobs, responses.mask)[0], seq_logprobs(ref, responses.mask)[0], logits, scores
+    return (
+        found,
+        seq_logprobs(logprobs, responses.mask)[0],
+        seq_logprobs(ref, responses.mask)[0],
+        logits,
+        scores,
+    )
 
 
 def test_chi2_climbs_the_reward_less_the_divergence():
-    """E[r] - b (E_ref[(z - 1)^2] / 2 + KL), exactly; without the half it is another objective, KL alone too."""
+    """E[r] - b (E_ref[(z - 1)^2] / 2 + KL), exactly; without the half it is another objective, KL alone
+    too."""
     b = 0.3
     found, logp, log_ref, logits, scores = expectation({"score": 1.0, "chi2": b})
     z = (logp - log_ref).exp()
@@ -300,7 +367,8 @@ def test_chi2_climbs_the_reward_less_the_divergence():
 
 
 def test_without_the_score_minus_maxent_is_entropy_minimisation():
-    """--reward=score:0+maxent:-1: R = log pi(y), the gradient of minus the entropy of the sequence (arXiv 2505.15134)."""
+    """--reward=score:0+maxent:-1: R = log pi(y), the gradient of minus the entropy of the sequence (arXiv
+    2505.15134)."""
     found, logp, _, logits, _ = expectation(parse_reward("score:0+maxent:-1"))
     entropy = -(logp.exp() * logp).sum()
     close(found, -torch.autograd.grad(entropy, logits)[0])

@@ -1,4 +1,5 @@
-"""PPO with a critic: GAE, the losses and the whole update against plain loops; kill and resume; what is saved."""
+"""PPO with a critic: GAE, the losses and the whole update against plain loops; kill and resume; what is
+saved."""
 
 import json
 
@@ -97,7 +98,9 @@ def test_losses_against_a_loop_over_tokens(ragged):
     assert clipped > 3
     (losses.sum() + value_losses.sum()).backward()
     assert (new.grad[~mask] == 0).all() and (values.grad[~mask] == 0).all()
-    assert (new.grad[mask & stats["clipfrac"]] == 0).all() and new.grad[mask & ~stats["clipfrac"]].abs().min() > 0
+    assert (new.grad[mask & stats["clipfrac"]] == 0).all() and new.grad[
+        mask & ~stats["clipfrac"]
+    ].abs().min() > 0
 
 
 # --- the script
@@ -122,9 +125,20 @@ def world(tmp_path_factory):
 
 def config(world, out, **changes) -> train_ppo.Config:
     settings = {
-        "data_dir": str(world / "data"), "model": str(world / "sft"), "reward_model": str(world / "rm"),
-        "out_dir": str(out), "k": 2, "batch_size": 8, "episodes": 24, "ppo_epochs": 2, "lr": 1e-2,
-        "response_tokens": 8, "eval_rows": 2, "save_every": 1, "device": "cpu", "micro_batch_tokens": 400,
+        "data_dir": str(world / "data"),
+        "model": str(world / "sft"),
+        "reward_model": str(world / "rm"),
+        "out_dir": str(out),
+        "k": 2,
+        "batch_size": 8,
+        "episodes": 24,
+        "ppo_epochs": 2,
+        "lr": 1e-2,
+        "response_tokens": 8,
+        "eval_rows": 2,
+        "save_every": 1,
+        "device": "cpu",
+        "micro_batch_tokens": 400,
     }
     return train_ppo.Config(**settings | changes)
 
@@ -181,7 +195,9 @@ def test_two_updates_equal_a_plain_loop(world, tmp_path, monkeypatch):
                     ref = logits.log_softmax(-1).gather(1, groups.targets[:, None])[:, 0]
                     states, groups = run(reward_model, prompt, response)
                     rewards = -cfg.kl_coef * (logp - ref)
-                    rewards[last_token] += reward_model.scores(states[groups.last[0, 0]]) if complete else -1.0
+                    rewards[last_token] += (
+                        reward_model.scores(states[groups.last[0, 0]]) if complete else -1.0
+                    )
                     advantages = torch.tensor(plain_gae(rewards.tolist(), values.tolist(), 1.0, lam))
                     known.append((logp, values, advantages))
             flat = torch.cat([a for *_, a in known])
@@ -232,7 +248,9 @@ def test_the_saved_model_is_the_policy_alone(world, tmp_path):
     train_ppo.main(config(world, tmp_path / "out"))
     assert not [name for name in weights(tmp_path / "out") if "score" in name]
     line = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
-    assert {"scores", "gold", "kl", "values", "value_loss", "explained_variance", "clipfrac", "loss"} <= set(line)
+    assert {"scores", "gold", "kl", "values", "value_loss", "explained_variance", "clipfrac", "loss"} <= set(
+        line
+    )
 
 
 def test_the_reward_is_the_score_less_the_kl(world, tmp_path):

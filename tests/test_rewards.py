@@ -193,6 +193,7 @@ def test_the_coefficient_of_a_term_without_one():
     ("kl+kl", "names 'kl' twice"),
     ("kl:0.05+maxent+kl:0.1", "names 'kl' twice"),
     ("score:0+score:1", "names 'score' twice"),
+    ("kl:", "'' is no coefficient; it takes a number, as in kl:0.1"),
     ("kl:much", "'much' is no coefficient; it takes a number, as in kl:0.1"),
     ("kl:0.1:0.2", "'0.1:0.2' is no coefficient"),
     ("kl:nan", "'nan' is no coefficient"),

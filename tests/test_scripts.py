@@ -73,7 +73,8 @@ def configs(out: Path) -> dict:
             eval_rows=8,
         ),
         train_online: train_online.Config(
-            **io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "online"), lr=1e-3, k=4,
+            **io, model=str(out / "sft"), reward_model=str(out / "rm"), out_dir=str(out / "online"), lr=1e-3,
+            k=4,
             opponent=0.5, label="sampled", epochs=2, round_updates=3, move_reference=True, explore=0.01,
             temperature=1.0, batch_size=32, episodes=128, response_tokens=12, eval_rows=8,
         ),

@@ -1,4 +1,5 @@
-"""data/tldr.py against the recipe written out in the simplest way, on invented posts; on the real sample where ../shared is there."""
+"""data/tldr.py against the recipe written out in the simplest way, on invented posts; on the real sample
+where ../shared is there."""
 
 import json
 import random
@@ -21,20 +22,30 @@ from rlhf.config import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-WORDS = "I we a it my the dog left kitchen strawberry nevertheless Mississippi misunderstanding can't they'll 12345 ... !? café".split()
+WORDS = (
+    "I we a it my the dog left kitchen strawberry nevertheless Mississippi misunderstanding can't they'll "
+    "12345 ... !? café"
+).split()
 FIELDS = {"subreddit": "gardening", "title": "My neighbour's goat", "post": "It ate the hedge."}
-needs_sample = pytest.mark.skipif(not (SHARED / "tldr").is_dir(), reason="../shared is absent: real posts are not checked")
+needs_sample = pytest.mark.skipif(
+    not (SHARED / "tldr").is_dir(), reason="../shared is absent: real posts are not checked"
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- tokenizers
+# --- tokenizers
 def train_tiny(pre_tokenizer=None) -> Tokenizer:
-    """A small byte-level BPE of Pythia's kind: NFC, the GPT-2 regex, runs of spaces as added tokens; every word of WORDS is one token."""
+    """A small byte-level BPE of Pythia's kind: NFC, the GPT-2 regex, runs of spaces as added tokens; every
+    word of WORDS is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS) + "\n\nTL;DR: POST: TITLE: SUBREDDIT: Article:\n"] * 5, trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        [" ".join(WORDS) + "\n\nTL;DR: POST: TITLE: SUBREDDIT: Article:\n"] * 5, trainer
+    )
     tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in (4, 3, 2)])
     return tokenizer
 
@@ -58,7 +69,7 @@ def tiny(tiny_file) -> Tokenizer:
     return tldr.load_tokenizer(tiny_file)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the simplest way
+# --- the simplest way
 def size(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text).ids)
 
@@ -82,7 +93,12 @@ def bisected(tokenizer: Tokenizer, template: Template, fields: dict) -> str:
     low, high = 0, len(fields[template.field])  # `low` characters fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2
-        fits = size(tokenizer, template.text.format(**fields | {template.field: fields[template.field][:middle]})) <= template.limit
+        fits = (
+            size(
+                tokenizer, template.text.format(**fields | {template.field: fields[template.field][:middle]})
+            )
+            <= template.limit
+        )
         low, high = (middle, high) if fits else (low, middle)
     return fields[template.field][:low]
 
@@ -98,13 +114,17 @@ def kept(tokenizer: Tokenizer, rows: list[dict]) -> list[str]:
     posts = [post[: len(post) - n] for post, n in zip(posts, lost)]
     for r, post, query, tokens in zip(rows, posts, queries, ids):
         text = r["template"].text.format(**r["fields"] | {r["template"].field: post})
-        assert query == tokenizer.normalizer.normalize_str(text).strip() and tokens == tokenizer.encode(query).ids
+        assert (
+            query == tokenizer.normalizer.normalize_str(text).strip()
+            and tokens == tokenizer.encode(query).ids
+        )
         assert size(tokenizer, text) <= r["template"].limit
     return posts
 
 
 def post_of(tokenizer: Tokenizer, tokens: int, newlines: bool) -> str:
-    """A post whose whole prompt has exactly so many tokens; without newlines it has about one character a token."""
+    """A post whose whole prompt has exactly so many tokens; without newlines it has about one character a
+    token."""
     post = "a"
     while missing := tokens - size(tokenizer, TLDR.text.format(**FIELDS | {"post": post})):
         assert missing > 0
@@ -114,12 +134,16 @@ def post_of(tokenizer: Tokenizer, tokens: int, newlines: bool) -> str:
 
 
 def random_post(rng: random.Random, words: int, newlines: bool) -> str:
-    blanks = [" "] * 12 + ["  ", "   ", "\t", "\u00a0", "-", "", " \u0301"] + (["\n", "\n\n", " \n"] if newlines else [])
+    blanks = (
+        [" "] * 12
+        + ["  ", "   ", "\t", "\u00a0", "-", "", " \u0301"]
+        + (["\n", "\n\n", " \n"] if newlines else [])
+    )
     marks = [""] * 12 + ["\u0301", "\u0301\u0323", "'s", ".", "🐐", "한", "ㅏ"]
     return "".join(rng.choice(WORDS) + rng.choice(marks) + rng.choice(blanks) for _ in range(words))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- truncation
+# --- truncation
 @pytest.mark.parametrize("newlines", [False, True])
 def test_posts_around_the_limit(tokenizer, newlines):
     rows = [row(post=post_of(tokenizer, n, newlines)) for n in (511, 512, 513, 700)]
@@ -135,7 +159,9 @@ def test_post_of_2000_tokens_is_cut_in_few_encodings(tiny, monkeypatch, newlines
     long, counts = row(post=post_of(tiny, 2000, newlines)), []
     expected = naive(tiny, TLDR, long["fields"])
     encode = tldr_prompts.encode
-    monkeypatch.setattr(tldr_prompts, "encode", lambda tokenizer, texts: counts.append(len(texts)) or encode(tokenizer, texts))
+    monkeypatch.setattr(
+        tldr_prompts, "encode", lambda tokenizer, texts: counts.append(len(texts)) or encode(tokenizer, texts)
+    )
     assert kept(tiny, [long]) == [expected]
     assert sum(counts) < 20 < (len(long["fields"]["post"]) - len(expected)) / (120 if newlines else 1)
 
@@ -143,26 +169,44 @@ def test_post_of_2000_tokens_is_cut_in_few_encodings(tiny, monkeypatch, newlines
 def test_random_posts_equal_the_naive_loop_and_a_wrong_bound_does_not(tokenizer, monkeypatch):
     rng = random.Random(0)
     base = size(tokenizer, TLDR.text.format(**FIELDS | {"post": ""}))
-    rows = [row(replace(TLDR, limit=base + rng.randrange(30)), post=random_post(rng, rng.randrange(1, 40), i % 2 == 0)) for i in range(300)]
+    rows = [
+        row(
+            replace(TLDR, limit=base + rng.randrange(30)),
+            post=random_post(rng, rng.randrange(1, 40), i % 2 == 0),
+        )
+        for i in range(300)
+    ]
     expected = [naive(tokenizer, r["template"], r["fields"]) for r in rows]
     assert sum(post != r["fields"]["post"] for post, r in zip(expected, rows)) > 150
     assert kept(tokenizer, rows) == expected
-    monkeypatch.setattr(tldr_prompts, "most_that_can_fit", lambda *args, right=tldr_prompts.most_that_can_fit: right(*args) - 8)
+    monkeypatch.setattr(
+        tldr_prompts,
+        "most_that_can_fit",
+        lambda *args, right=tldr_prompts.most_that_can_fit: right(*args) - 8,
+    )
     assert sum(a != b for a, b in zip(kept(tokenizer, rows), expected)) > 20
 
 
 def test_bisection_would_be_wrong(tokenizer):
-    """A word is one token, its beginnings are more: up to the end of the word the prompt fits, one character earlier it does not."""
+    """A word is one token, its beginnings are more: up to the end of the word the prompt fits, one
+    character earlier it does not."""
     rng, rows = random.Random(1), []
     for _ in range(60):
         start = "".join(" " + rng.choice(WORDS[:7]) for _ in range(20)) + " Mississippi"
         limit = size(tokenizer, TLDR.text.format(**FIELDS | {"post": start}))
         assert size(tokenizer, TLDR.text.format(**FIELDS | {"post": start[:-1]})) > limit
-        rows.append(row(replace(TLDR, limit=limit), post=start + "".join(" " + rng.choice(WORDS[:7]) for _ in range(rng.randrange(1, 20)))))
+        rows.append(
+            row(
+                replace(TLDR, limit=limit),
+                post=start + "".join(" " + rng.choice(WORDS[:7]) for _ in range(rng.randrange(1, 20))),
+            )
+        )
     expected = [naive(tokenizer, r["template"], r["fields"]) for r in rows]
     assert all(post.rstrip().endswith("Mississippi") for post in expected)
     assert kept(tokenizer, rows) == expected
-    assert sum(bisected(tokenizer, r["template"], r["fields"]) != post for r, post in zip(rows, expected)) > 10
+    assert (
+        sum(bisected(tokenizer, r["template"], r["fields"]) != post for r, post in zip(rows, expected)) > 10
+    )
 
 
 def test_other_tokenizers_take_every_step():
@@ -180,19 +224,28 @@ def test_newline_rule_by_hand(tiny):
     """Cut at the last newline, which goes too, however much is lost; then character by character."""
     limit = size(tiny, TLDR.text.format(**FIELDS | {"post": "it it"}))
     post = "it it it\n\nmy dog\n" + "a" * 30
-    assert kept(tiny, [row(replace(TLDR, limit=limit), post=post)]) == ["it it"]  # "it it it" has one token too many, "it it " too
+    assert kept(tiny, [row(replace(TLDR, limit=limit), post=post)]) == [
+        "it it"
+    ]  # "it it it" has one token too many, "it it " too
     assert kept(tiny, [row(replace(TLDR, limit=limit + 1), post=post)]) == ["it it it"]
-    assert kept(tiny, [row(replace(TLDR, limit=limit), post="\n" + "it" * 60)]) == [""]  # the recipe's rule loses the whole post
+    assert kept(tiny, [row(replace(TLDR, limit=limit), post="\n" + "it" * 60)]) == [
+        ""
+    ]  # the recipe's rule loses the whole post
     with pytest.raises(UserError, match="made.jsonl, row 1: column 'post' is cut to nothing"):
         make_prompts(tiny, [row(title="dog " * 600)])
 
 
-# --------------------------------------------------------------------------------------------------------- template, spaces, end of text
+# --- template, spaces, end of text
 def test_template_byte_for_byte(tokenizer):
     (query,), (ids,), _ = make_prompts(tokenizer, [row()])
-    assert query.encode() == b"SUBREDDIT: r/gardening\n\nTITLE: My neighbour's goat\n\nPOST: It ate the hedge.\n\nTL;DR:"
+    assert (
+        query.encode()
+        == b"SUBREDDIT: r/gardening\n\nTITLE: My neighbour's goat\n\nPOST: It ate the hedge.\n\nTL;DR:"
+    )
     assert ids == tokenizer.encode(query).ids
-    wrong = tokenizer.encode(query + " ").ids  # a trailing space: the response's own space would then be a second one
+    wrong = tokenizer.encode(
+        query + " "
+    ).ids  # a trailing space: the response's own space would then be a second one
     assert ids != wrong and len(wrong) == len(ids) + 1
 
 
@@ -209,13 +262,16 @@ def test_responses_are_the_joined_texts_tokens(tokenizer):
     (query,), (ids,), _ = make_prompts(tokenizer, [row()])
     texts = [" the dog left", "the dog left", "  the dog", ""]
     tokens, apart = make_responses(tokenizer, [query] * 4, [ids] * 4, texts)
-    assert [ids + t for t in tokens] == [tokenizer.encode(query + text).ids + [0] for text in texts] and apart == 0
+    assert [ids + t for t in tokens] == [
+        tokenizer.encode(query + text).ids + [0] for text in texts
+    ] and apart == 0
     assert tokens[0] != tokens[1] and tokens[3] == [0]  # the leading space counts
     assert [tokenizer.decode(t) for t in tokens] == texts
 
 
 def test_response_that_changes_the_prompts_tokens_is_tokenised_alone(tiny):
-    """"TL;DR:" + "..." holds one piece ":..."; where that is a token, the prompt's own ids are not the beginning of the joined ones."""
+    """ "TL;DR:" + "..." holds one piece ":..."; where that is a token, the prompt's own ids are not the
+    beginning of the joined ones."""
     spec = json.loads(tiny.to_str())
     spec["model"]["vocab"][":."] = 601
     spec["model"]["merges"].append([":", "."])
@@ -234,18 +290,39 @@ def test_end_of_text_written_by_people_is_text(tokenizer):
     assert tokenizer.decode(tokens) == f" it {EOS} left"
 
 
-# -------------------------------------------------------------------------------------------------------------------------- whole program
+# --- whole program
 def sft(n: int, **changes) -> dict:
-    made = {"id": f"t{n}", "subreddit": "gardening", "title": f"Goat {n}", "post": "It ate the hedge. " * n, "summary": f"goat {n} eats"}
+    made = {
+        "id": f"t{n}",
+        "subreddit": "gardening",
+        "title": f"Goat {n}",
+        "post": "It ate the hedge. " * n,
+        "summary": f"goat {n} eats",
+    }
     return made | changes
 
 
 def pair(n: int, batch: str = "batch3", **changes) -> dict:
     news = batch in tldr.CNNDM_BATCHES
-    info = {"id": f"c{n}", "post": None if news else "It ate.\nAll of it.", "title": "Goat", "subreddit": None if news else "pets"}
+    info = {
+        "id": f"c{n}",
+        "post": None if news else "It ate.\nAll of it.",
+        "title": "Goat",
+        "subreddit": None if news else "pets",
+    }
     info |= {"site": "news" if news else None, "article": f"A goat ate {n} hedges." if news else None}
-    summaries = [{"text": f" Goat {n}.", "policy": "sup1", "note": None}, {"text": f" Hedge {n} is gone.", "policy": "ref", "note": None}]
-    made = {"info": info, "summaries": summaries, "choice": n % 2, "worker": "w", "batch": batch, "split": f"valid{1 + n % 2}"}
+    summaries = [
+        {"text": f" Goat {n}.", "policy": "sup1", "note": None},
+        {"text": f" Hedge {n} is gone.", "policy": "ref", "note": None},
+    ]
+    made = {
+        "info": info,
+        "summaries": summaries,
+        "choice": n % 2,
+        "worker": "w",
+        "batch": batch,
+        "split": f"valid{1 + n % 2}",
+    }
     return made | {"extra": {"confidence": 7 if n % 3 else None}} | changes
 
 
@@ -270,9 +347,18 @@ def write_source(folder: Path, rows: dict[str, list[dict]], kind: str) -> str:
     return str(folder)
 
 
-def prepare(tmp_path: Path, tokenizer: str, rows: dict[str, list[dict]], kind: str = "parquet", **options) -> dict[str, list[dict]]:
+def prepare(
+    tmp_path: Path, tokenizer: str, rows: dict[str, list[dict]], kind: str = "parquet", **options
+) -> dict[str, list[dict]]:
     out = tmp_path / f"out_{kind}"
-    main(Config(source=write_source(tmp_path / f"source_{kind}", rows, kind), out_dir=str(out), tokenizer=tokenizer, **options))
+    main(
+        Config(
+            source=write_source(tmp_path / f"source_{kind}", rows, kind),
+            out_dir=str(out),
+            tokenizer=tokenizer,
+            **options,
+        )
+    )
     return {path.stem: pq.read_table(path).to_pylist() for path in out.glob("*.parquet")}
 
 
@@ -280,24 +366,47 @@ def test_tables(tmp_path, tiny, tiny_file, capsys):
     tables = prepare(tmp_path, tiny_file, source_rows())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     meta = json.loads((tmp_path / "out_parquet/meta.json").read_text())
-    sizes = {"sft_train": 7, "sft_validation": 2, "sft_test": 1, "pairs_train": 5, "pairs_validation": 4, "pairs_validation_cnndm": 6}
+    sizes = {
+        "sft_train": 7,
+        "sft_validation": 2,
+        "sft_test": 1,
+        "pairs_train": 5,
+        "pairs_validation": 4,
+        "pairs_validation_cnndm": 6,
+    }
     assert {name: len(rows) for name, rows in tables.items()} == sizes == meta["splits"] == result["splits"]
-    assert (meta["world"], meta["response_tokens"], meta["prompt_tokens"], meta["cnndm_prompt_tokens"]) == ("tldr", 53, 512, 1919)
-    assert meta["tables"]["sft_validation"]["prompts_cut"] == 1 and meta["tables"]["sft_train"]["prompts_cut"] == 0
+    assert (meta["world"], meta["response_tokens"], meta["prompt_tokens"], meta["cnndm_prompt_tokens"]) == (
+        "tldr",
+        53,
+        512,
+        1919,
+    )
+    assert (
+        meta["tables"]["sft_validation"]["prompts_cut"] == 1
+        and meta["tables"]["sft_train"]["prompts_cut"] == 0
+    )
     assert (tmp_path / "out_parquet/tokenizer.json").read_bytes() == Path(tiny_file).read_bytes()
 
     first = tables["sft_train"][0]
     assert first["reference_response"] == " goat 1 eats" and first["reference_response_token"][-1] == 0
-    assert first["query_token"] + first["reference_response_token"] == tiny.encode(first["query"] + " goat 1 eats").ids + [0]
+    assert first["query_token"] + first["reference_response_token"] == tiny.encode(
+        first["query"] + " goat 1 eats"
+    ).ids + [0]
     assert {r["batch"] for r in tables["pairs_validation_cnndm"]} == set(tldr.CNNDM_BATCHES)
     assert {r["batch"] for r in tables["pairs_validation"]} == {"batch4", "edit_b2"}
     assert all(r["query"].startswith("Article:\nA goat") for r in tables["pairs_validation_cnndm"])
-    assert all(r["query"].startswith("SUBREDDIT: r/pets\n\nTITLE: Goat\n\nPOST: It ate.\nAll") for r in tables["pairs_validation"])
+    assert all(
+        r["query"].startswith("SUBREDDIT: r/pets\n\nTITLE: Goat\n\nPOST: It ate.\nAll")
+        for r in tables["pairs_validation"]
+    )
     even, odd = tables["pairs_train"][2], tables["pairs_train"][3]  # `choice` is n % 2
     shown = ("chosen", "rejected", "chosen_policy", "rejected_policy", "split", "confidence")
     assert [even[name] for name in shown] == [" Goat 2.", " Hedge 2 is gone.", "sup1", "ref", "valid1", 7]
     assert [odd[name] for name in shown] == [" Hedge 3 is gone.", " Goat 3.", "ref", "sup1", "valid2", -1]
-    columns = "id query query_token chosen chosen_token rejected rejected_token chosen_policy rejected_policy batch split confidence"
+    columns = (
+        "id query query_token chosen chosen_token rejected rejected_token chosen_policy rejected_policy "
+        "batch split confidence"
+    )
     assert list(even) == columns.split()
     assert list(first) == "id query query_token reference_response reference_response_token".split()
 
@@ -315,9 +424,14 @@ def test_jsonl_and_parquet_and_chunks_give_the_same_tables(tmp_path, tiny_file, 
 
 def test_long_responses_are_kept_and_counted(tmp_path, tiny_file, capsys):
     rows = source_rows()
-    rows["tldr_3_filtered/train"][:2] = [sft(1, summary="it " * 51 + "it"), sft(2, summary="it " * 52 + "it")]  # 53 and 54 tokens with EOS
+    rows["tldr_3_filtered/train"][:2] = [
+        sft(1, summary="it " * 51 + "it"),
+        sft(2, summary="it " * 52 + "it"),
+    ]  # 53 and 54 tokens with EOS
     table = prepare(tmp_path, tiny_file, rows)["sft_train"]
-    assert [len(r["reference_response_token"]) for r in table[:2]] == [53, 54] and table[1]["reference_response_token"][-1] == 0
+    assert [len(r["reference_response_token"]) for r in table[:2]] == [53, 54] and table[1][
+        "reference_response_token"
+    ][-1] == 0
     meta = json.loads((tmp_path / "out_parquet/meta.json").read_text())["tables"]["sft_train"]
     assert (meta["responses_over_cap"], meta["longest_response"]) == (1, 54)
     assert "1 responses are longer than N+'s caps" in capsys.readouterr().out
@@ -325,7 +439,9 @@ def test_long_responses_are_kept_and_counted(tmp_path, tiny_file, capsys):
 
 def test_ties_limit_and_overwrite(tmp_path, tiny_file, capsys):
     rows = source_rows()
-    rows["comparisons/train"][0]["summaries"][1]["text"] = rows["comparisons/train"][0]["summaries"][0]["text"]
+    rows["comparisons/train"][0]["summaries"][1]["text"] = rows["comparisons/train"][0]["summaries"][0][
+        "text"
+    ]
     assert len(prepare(tmp_path, tiny_file, rows)["pairs_train"]) == 4
     assert "1 pairs of two equal texts: dropped" in capsys.readouterr().out
     with pytest.raises(UserError, match="is not empty; use another one, or --overwrite"):
@@ -335,26 +451,49 @@ def test_ties_limit_and_overwrite(tmp_path, tiny_file, capsys):
     tables = prepare(tmp_path, tiny_file, rows, overwrite=True, limit=3)
     assert "1 pairs of two equal texts: dropped" in capsys.readouterr().out
     assert [r["id"] for r in tables["pairs_train"]] == ["c1", "c2", "c3"]
-    sizes = {"sft_train": 3, "sft_validation": 2, "sft_test": 1, "pairs_train": 3, "pairs_validation": 3, "pairs_validation_cnndm": 3}
-    assert {name: len(table) for name, table in tables.items() if name != "other"} == sizes and "other" in tables
+    sizes = {
+        "sft_train": 3,
+        "sft_validation": 2,
+        "sft_test": 1,
+        "pairs_train": 3,
+        "pairs_validation": 3,
+        "pairs_validation_cnndm": 3,
+    }
+    assert {
+        name: len(table) for name, table in tables.items() if name != "other"
+    } == sizes and "other" in tables
 
 
 INFO = pa.struct([(name, pa.string()) for name in "id post title subreddit site article".split()])
 SUMMARY = pa.struct([(name, pa.string()) for name in "text policy note".split()])
 HUB_SCHEMA = {  # the columns and types that the two data sets have on the hub
     "tldr_3_filtered": pa.schema([(name, pa.string()) for name in "id subreddit title post summary".split()]),
-    "comparisons": pa.schema([("info", INFO), ("summaries", pa.list_(SUMMARY)), ("choice", pa.int32()), ("worker", pa.string()),
-                              ("batch", pa.string()), ("split", pa.string()), ("extra", pa.struct([("confidence", pa.int32())]))]),
+    "comparisons": pa.schema(
+        [
+            ("info", INFO),
+            ("summaries", pa.list_(SUMMARY)),
+            ("choice", pa.int32()),
+            ("worker", pa.string()),
+            ("batch", pa.string()),
+            ("split", pa.string()),
+            ("extra", pa.struct([("confidence", pa.int32())])),
+        ]
+    ),
 }
 
 
-def from_hub(tmp_path: Path, tokenizer: str, rows: dict[str, list[dict]], monkeypatch, **options) -> tuple[dict[str, list[dict]], list]:
-    """Tables prepared from a stand-in for the hub, and what it was asked: comparisons/train and tldr_3_filtered/train come in two shards."""
+def from_hub(
+    tmp_path: Path, tokenizer: str, rows: dict[str, list[dict]], monkeypatch, **options
+) -> tuple[dict[str, list[dict]], list]:
+    """Tables prepared from a stand-in for the hub, and what it was asked: comparisons/train and
+    tldr_3_filtered/train come in two shards."""
     asked = []
 
     def download(repo, *, repo_type, revision, allow_patterns):
         asked.append((repo, repo_type, revision, allow_patterns))
-        folder, config = ("comparisons", "comparisons") if repo.startswith("openai/") else ("tldr_3_filtered", "default")
+        folder, config = (
+            ("comparisons", "comparisons") if repo.startswith("openai/") else ("tldr_3_filtered", "default")
+        )
         split = allow_patterns.split("/")[1]
         table, target = rows[f"{folder}/{split}"], tmp_path / "hub" / folder / config / split
         target.mkdir(parents=True, exist_ok=True)
@@ -364,15 +503,27 @@ def from_hub(tmp_path: Path, tokenizer: str, rows: dict[str, list[dict]], monkey
 
     monkeypatch.setattr(tldr, "snapshot_download", download)
     main(Config(out_dir=str(tmp_path / "hub_out"), tokenizer=tokenizer, **options))
-    return {path.stem: pq.read_table(path).to_pylist() for path in (tmp_path / "hub_out").glob("*.parquet")}, asked
+    return {
+        path.stem: pq.read_table(path).to_pylist() for path in (tmp_path / "hub_out").glob("*.parquet")
+    }, asked
 
 
 def test_hub_files_are_those_of_the_parquet_branch(tmp_path, tiny_file, monkeypatch):
     tables, asked = from_hub(tmp_path, tiny_file, source_rows(), monkeypatch)
     assert tables == prepare(tmp_path, tiny_file, source_rows())
-    assert ("openai/summarize_from_feedback", "dataset", "refs/convert/parquet", "comparisons/train/*.parquet") in asked
-    monkeypatch.setattr(tldr, "snapshot_download", lambda repo, **_: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(UserError, match="cannot download vwxyzjn/summarize_from_feedback_tldr_3_filtered: no network; --source="):
+    assert (
+        "openai/summarize_from_feedback",
+        "dataset",
+        "refs/convert/parquet",
+        "comparisons/train/*.parquet",
+    ) in asked
+    monkeypatch.setattr(
+        tldr, "snapshot_download", lambda repo, **_: (_ for _ in ()).throw(OSError("no network"))
+    )
+    with pytest.raises(
+        UserError,
+        match="cannot download vwxyzjn/summarize_from_feedback_tldr_3_filtered: no network; --source=",
+    ):
         main(Config(out_dir=str(tmp_path / "hub_out2"), tokenizer=tiny_file))
 
 
@@ -388,14 +539,25 @@ def test_five_comparisons_without_an_id_are_prepared_to_the_end(tmp_path, tiny_f
     named = source_rows()
     named["comparisons/validation"] += [pair(20 + i, "edit_b2_eval_test") for i in range(5)]
     expected = prepare(tmp_path, tiny_file, named)
-    assert all(r | {"id": ""} == e | {"id": ""} for r, e in zip(tables["pairs_validation"], expected["pairs_validation"], strict=True))
+    assert all(
+        r | {"id": ""} == e | {"id": ""}
+        for r, e in zip(tables["pairs_validation"], expected["pairs_validation"], strict=True)
+    )
     assert all(tables[name] == expected[name] for name in expected if name != "pairs_validation")
 
 
 OPTIONAL = {  # column: the columns of the prepared table that then hold a default
-    "id": {"id": ""}, "info.id": {"id": ""}, "info.site": {}, "info.article": {}, "worker": {}, "split": {"split": ""},
-    "extra": {"confidence": -1}, "extra.confidence": {"confidence": -1}, "summaries.0.note": {},
-    "summaries.0.policy": {"rejected_policy": ""}, "summaries.1.policy": {"chosen_policy": ""},
+    "id": {"id": ""},
+    "info.id": {"id": ""},
+    "info.site": {},
+    "info.article": {},
+    "worker": {},
+    "split": {"split": ""},
+    "extra": {"confidence": -1},
+    "extra.confidence": {"confidence": -1},
+    "summaries.0.note": {},
+    "summaries.0.policy": {"rejected_policy": ""},
+    "summaries.1.policy": {"chosen_policy": ""},
 }
 
 
@@ -416,7 +578,9 @@ def change(made: dict, column: str, missing: bool) -> dict:
 @pytest.mark.parametrize("missing", [False, True], ids=["null", "missing"])
 @pytest.mark.parametrize("column", OPTIONAL)
 def test_what_no_prompt_needs_may_be_null_or_missing(tmp_path, tiny_file, column, missing):
-    name, table = ("tldr_3_filtered/test", "sft_test") if column == "id" else ("comparisons/train", "pairs_train")
+    name, table = (
+        ("tldr_3_filtered/test", "sft_test") if column == "id" else ("comparisons/train", "pairs_train")
+    )
     whole = sft(1) if column == "id" else pair(1)
     rows = source_rows() | {name: [whole, change(whole, column, missing)]}
     full, lacking = prepare(tmp_path, tiny_file, rows, "jsonl")[table]
@@ -425,7 +589,9 @@ def test_what_no_prompt_needs_may_be_null_or_missing(tmp_path, tiny_file, column
 
 @pytest.mark.parametrize("column", ["info.post", "info.title", "info.subreddit"])
 def test_an_article_needs_nothing_of_a_reddit_post(tmp_path, tiny_file, column):
-    rows = source_rows() | {"comparisons/validation": [pair(1, "cnndm2"), change(pair(1, "cnndm2"), column, True)]}
+    rows = source_rows() | {
+        "comparisons/validation": [pair(1, "cnndm2"), change(pair(1, "cnndm2"), column, True)]
+    }
     full, lacking = prepare(tmp_path, tiny_file, rows, "jsonl")["pairs_validation_cnndm"]
     assert lacking == full
 
@@ -436,7 +602,9 @@ def test_a_bad_row_is_named_before_anything_is_tokenised_or_removed(tmp_path, ti
     rows = source_rows()
     rows["comparisons/validation"].append(pair(11, info=pair(11)["info"] | {"title": None}))
     monkeypatch.setattr(tldr_prompts, "encode", lambda *args: pytest.fail("tokenised"))
-    with pytest.raises(UserError, match="comparisons/validation.jsonl, row 11: column 'info.title' is null, which is no str"):
+    with pytest.raises(
+        UserError, match="comparisons/validation.jsonl, row 11: column 'info.title' is null, which is no str"
+    ):
         prepare(tmp_path, tiny_file, rows, "jsonl", overwrite=True, limit=2)  # the limit hides no fault
     assert {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()} == before
 
@@ -447,49 +615,122 @@ def test_a_written_end_of_text_is_counted(tmp_path, tiny_file, capsys):
     for i, side in ((0, 0), (0, 1), (3, 1)):  # a pair with two of them counts once
         rows["comparisons/train"][i]["summaries"][side]["text"] += f" {EOS} left"
     tables = prepare(tmp_path, tiny_file, rows)
-    counted = {name: table["eos_in_text"] for name, table in json.loads((tmp_path / "out_parquet/meta.json").read_text())["tables"].items()}
+    counted = {
+        name: table["eos_in_text"]
+        for name, table in json.loads((tmp_path / "out_parquet/meta.json").read_text())["tables"].items()
+    }
     assert counted == dict.fromkeys(counted, 0) | {"sft_train": 1, "pairs_train": 2}
     assert f"3 rows with {EOS} in a text: kept as text" in capsys.readouterr().out
-    assert tables["pairs_train"][0]["chosen"].endswith(f"{EOS} left") and tables["pairs_train"][0]["chosen_token"].count(0) == 1
+    assert (
+        tables["pairs_train"][0]["chosen"].endswith(f"{EOS} left")
+        and tables["pairs_train"][0]["chosen_token"].count(0) == 1
+    )
 
 
 def test_a_batch_with_two_names_is_counted_and_once_on_request(tmp_path, tiny_file, capsys):
     rows = source_rows()
     twice = [pair(i, batch) for batch in tldr.SAME_BATCHES for i in range(30, 33)]
-    other = [pair(30, "cnndm2"), pair(30, "cnndm0")]  # a repetition within a batch, or in a third one, may be another worker's
+    other = [
+        pair(30, "cnndm2"),
+        pair(30, "cnndm0"),
+    ]  # a repetition within a batch, or in a third one, may be another worker's
     rows["comparisons/validation"] = [pair(3), *twice, *other]
     kept = prepare(tmp_path, tiny_file, rows)["pairs_validation_cnndm"]
     assert [r["id"] for r in kept] == ["c30", "c31", "c32"] * 2 + ["c30", "c30"]
     out = capsys.readouterr().out
-    assert "4 pairs in both of the CNN/DM batches batch0_cnndm and cnndm0: kept, as in N+; --cnndm_once drops them" in out
+    assert "4 pairs in both of the CNN/DM batches batch0_cnndm and cnndm0: kept, as in N+; " in out
     once = prepare(tmp_path, tiny_file, rows, overwrite=True, cnndm_once=True)["pairs_validation_cnndm"]
-    assert [(r["id"], r["batch"]) for r in once] == [("c30", "batch0_cnndm"), ("c31", "batch0_cnndm"), ("c32", "batch0_cnndm"), ("c30", "cnndm2")]
+    assert [(r["id"], r["batch"]) for r in once] == [
+        ("c30", "batch0_cnndm"),
+        ("c31", "batch0_cnndm"),
+        ("c32", "batch0_cnndm"),
+        ("c30", "cnndm2"),
+    ]
     meta = json.loads((tmp_path / "out_parquet/meta.json").read_text())
-    assert meta["tables"]["pairs_validation_cnndm"]["repeated"] == 4 and meta["tables"]["pairs_validation"]["repeated"] == 0
+    assert (
+        meta["tables"]["pairs_validation_cnndm"]["repeated"] == 4
+        and meta["tables"]["pairs_validation"]["repeated"] == 0
+    )
     assert "batch0_cnndm and cnndm0: dropped" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- errors
+# --- errors
 def without(made: dict, column: str) -> dict:
     return {key: item for key, item in made.items() if key != column}
 
 
 BAD = {
-    "no summary": ("tldr_3_filtered/train", [without(sft(1), "summary")], "train.jsonl, row 1: no column 'summary'"),
-    "null post": ("tldr_3_filtered/test", [sft(1), sft(2, post=None)], "test.jsonl, row 2: column 'post' is null, which is no str"),
+    "no summary": (
+        "tldr_3_filtered/train",
+        [without(sft(1), "summary")],
+        "train.jsonl, row 1: no column 'summary'",
+    ),
+    "null post": (
+        "tldr_3_filtered/test",
+        [sft(1), sft(2, post=None)],
+        "test.jsonl, row 2: column 'post' is null, which is no str",
+    ),
     "no rows": ("tldr_3_filtered/validation", [], "validation.jsonl: no rows"),
-    "no choice": ("comparisons/train", [without(pair(1), "choice")], "train.jsonl, row 1: no column 'choice'"),
-    "choice 2": ("comparisons/train", [pair(1, choice=2)], "train.jsonl, row 1: column 'choice' is 2 of 2 summaries"),
-    "no text": ("comparisons/train", [pair(1, summaries=[{}, {}])], "train.jsonl, row 1: no column 'summaries.1.text'"),
-    "no article": ("comparisons/validation", [pair(1, "cnndm0", info={})], "validation.jsonl, row 1: no column 'info.article'"),
-    "null summary": ("tldr_3_filtered/train", [sft(1, summary=None)], "train.jsonl, row 1: column 'summary' is null, which is no str"),
-    "null text": ("comparisons/train", [change(pair(1), "summaries.0.text", False)], "row 1: column 'summaries.0.text' is null, which is no str"),
-    "null subreddit": ("comparisons/train", [change(pair(1), "info.subreddit", False)], "row 1: column 'info.subreddit' is null"),
-    "null article": ("comparisons/validation", [change(pair(1, "cnndm0"), "info.article", False)], "row 1: column 'info.article' is null"),
-    "null choice": ("comparisons/train", [pair(1, choice=None)], "train.jsonl, row 1: column 'choice' is null, which is no int"),
-    "null batch": ("comparisons/validation", [pair(1, batch=None)], "validation.jsonl, row 1: column 'batch' is null, which is no str"),
-    "a worker's text as confidence": ("comparisons/train", [pair(1, extra={"confidence": "7"})], "column 'extra.confidence' is '7', which is no int"),
-    "long title": ("tldr_3_filtered/train", [sft(1, title="dog " * 600)], "train.jsonl, row 1: column 'post' is cut to nothing"),
+    "no choice": (
+        "comparisons/train",
+        [without(pair(1), "choice")],
+        "train.jsonl, row 1: no column 'choice'",
+    ),
+    "choice 2": (
+        "comparisons/train",
+        [pair(1, choice=2)],
+        "train.jsonl, row 1: column 'choice' is 2 of 2 summaries",
+    ),
+    "no text": (
+        "comparisons/train",
+        [pair(1, summaries=[{}, {}])],
+        "train.jsonl, row 1: no column 'summaries.1.text'",
+    ),
+    "no article": (
+        "comparisons/validation",
+        [pair(1, "cnndm0", info={})],
+        "validation.jsonl, row 1: no column 'info.article'",
+    ),
+    "null summary": (
+        "tldr_3_filtered/train",
+        [sft(1, summary=None)],
+        "train.jsonl, row 1: column 'summary' is null, which is no str",
+    ),
+    "null text": (
+        "comparisons/train",
+        [change(pair(1), "summaries.0.text", False)],
+        "row 1: column 'summaries.0.text' is null, which is no str",
+    ),
+    "null subreddit": (
+        "comparisons/train",
+        [change(pair(1), "info.subreddit", False)],
+        "row 1: column 'info.subreddit' is null",
+    ),
+    "null article": (
+        "comparisons/validation",
+        [change(pair(1, "cnndm0"), "info.article", False)],
+        "row 1: column 'info.article' is null",
+    ),
+    "null choice": (
+        "comparisons/train",
+        [pair(1, choice=None)],
+        "train.jsonl, row 1: column 'choice' is null, which is no int",
+    ),
+    "null batch": (
+        "comparisons/validation",
+        [pair(1, batch=None)],
+        "validation.jsonl, row 1: column 'batch' is null, which is no str",
+    ),
+    "a worker's text as confidence": (
+        "comparisons/train",
+        [pair(1, extra={"confidence": "7"})],
+        "column 'extra.confidence' is '7', which is no int",
+    ),
+    "long title": (
+        "tldr_3_filtered/train",
+        [sft(1, title="dog " * 600)],
+        "train.jsonl, row 1: column 'post' is cut to nothing",
+    ),
     "no object": ("comparisons/train", [3], "train.jsonl, row 1: cannot be read"),
 }
 
@@ -500,7 +741,9 @@ def test_bad_rows_name_file_row_and_column(tmp_path, tiny_file, case):
     with pytest.raises(UserError) as error:
         prepare(tmp_path, tiny_file, source_rows() | {name: rows}, "jsonl")
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "out_jsonl/meta.json").exists()  # and nothing takes the half-made directory for a whole one
+    assert not (
+        tmp_path / "out_jsonl/meta.json"
+    ).exists()  # and nothing takes the half-made directory for a whole one
 
 
 def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
@@ -522,7 +765,10 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json: not a tokenizer.json" in message(tokenizer=str(tmp_path / "broken.json"))
     monkeypatch.setattr(data_rows, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
-    assert message(tokenizer="some/model") == "--tokenizer some/model: not a file, and no tokenizer.json on the hub: no network"
+    assert (
+        message(tokenizer="some/model")
+        == "--tokenizer some/model: not a file, and no tokenizer.json on the hub: no network"
+    )
     (tmp_path / "source/comparisons/train.jsonl").unlink()
     assert "no comparisons/train.parquet or .jsonl" in message()
     (tmp_path / "source/comparisons/train.parquet").write_bytes(b"no parquet")
@@ -530,12 +776,17 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, str(ROOT / "data/tldr.py"), f"--out_dir={tmp_path / 'out'}", "--source=nowhere"]
+    command = [
+        sys.executable,
+        str(ROOT / "data/tldr.py"),
+        f"--out_dir={tmp_path / 'out'}",
+        "--source=nowhere",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, 'error: --source nowhere: neither "hub" nor a directory\n')
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the real sample
+# --- the real sample
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> dict[str, list[dict]]:
     out = tmp_path_factory.mktemp("sample") / "data"
@@ -546,8 +797,18 @@ def sample(tmp_path_factory) -> dict[str, list[dict]]:
 
 @needs_sample
 def test_sample_rows(sample):
-    sizes = {"sft_train": 644, "sft_validation": 149, "sft_test": 120, "pairs_train": 508, "pairs_validation": 124}
-    assert {name: len(rows) for name, rows in sample.items() if name != "meta"} == sizes == sample["meta"]["splits"]
+    sizes = {
+        "sft_train": 644,
+        "sft_validation": 149,
+        "sft_test": 120,
+        "pairs_train": 508,
+        "pairs_validation": 124,
+    }
+    assert (
+        {name: len(rows) for name, rows in sample.items() if name != "meta"}
+        == sizes
+        == sample["meta"]["splits"]
+    )
     tables = sample["meta"]["tables"]
     assert [tables[name]["prompts_cut"] for name in sizes] == [0, 1, 2, 3, 0]
     assert all(table["tokenised_apart"] == table["responses_over_cap"] == 0 for table in tables.values())
@@ -558,14 +819,19 @@ def test_sample_rows(sample):
 
 @needs_sample
 def test_200_real_posts_equal_the_naive_loop():
-    """Limits that cut 1 to 25 tokens; every other post without its newlines, so that characters go one by one."""
+    """Limits that cut 1 to 25 tokens; every other post without its newlines, so that characters go one by
+    one."""
     pythia = tldr.load_tokenizer(str(SHARED / "tokenizer.json"))[0]
     rng, rows = random.Random(0), []
     for i, post in enumerate(pq.read_table(SHARED / "tldr/tldr_3_filtered/train.parquet").to_pylist()[:210]):
         fields = {name: post[name].replace("\n", " " if i % 2 else "\n") for name in FIELDS}
         if size(pythia, fields["post"]) < 40:
             continue  # too short to lose so much
-        rows.append(row(replace(TLDR, limit=size(pythia, TLDR.text.format(**fields)) - rng.randrange(1, 25)), **fields))
+        rows.append(
+            row(
+                replace(TLDR, limit=size(pythia, TLDR.text.format(**fields)) - rng.randrange(1, 25)), **fields
+            )
+        )
     posts = kept(pythia, rows)
     assert len(rows) >= 200 and posts == [naive(pythia, r["template"], r["fields"]) for r in rows]
     assert all(len(post) < len(r["fields"]["post"]) for post, r in zip(posts, rows))
@@ -573,10 +839,17 @@ def test_200_real_posts_equal_the_naive_loop():
 
 @needs_sample
 def test_1000_real_rows_have_the_tokens_that_transformers_gives(sample):
-    """N+ tokenises the joined text with its EOS by transformers; here the prompt's and the response's tokens stand side by side."""
+    """N+ tokenises the joined text with its EOS by transformers; here the prompt's and the response's
+    tokens stand side by side."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizer.json"), eos_token=EOS, pad_token=PAD)
-    rows = [(r, "reference_response") for name in ("sft_train", "sft_validation", "sft_test") for r in sample[name]]
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(SHARED / "tokenizer.json"), eos_token=EOS, pad_token=PAD
+    )
+    rows = [
+        (r, "reference_response")
+        for name in ("sft_train", "sft_validation", "sft_test")
+        for r in sample[name]
+    ]
     rows += [(r, side) for r in sample["pairs_train"] for side in ("chosen", "rejected")]
     rows = rows[:1500]
     joined = theirs([r["query"] + r[name] + EOS for r, name in rows])["input_ids"]

@@ -1,7 +1,8 @@
-"""The toy world: the gold reward to the last digit, writers and people with the faults they are said to have, files that anybody can read.
+"""The toy world: the gold reward to the last digit, writers and people with the faults they are said to
+have, files that anybody can read.
 
-Expected values are arithmetic on the coefficients, so that the world can be made harder without touching this file; one test holds the
-coefficients to the table in the docstring of `gold_reward`.
+Expected values are arithmetic on the coefficients, so that the world can be made harder without touching
+this file; one test holds the coefficients to the table in the docstring of `gold_reward`.
 """
 
 import hashlib
@@ -164,7 +165,8 @@ def test_gold_does_not_care_for_style():
 
 
 def test_every_fault_costs_and_every_fact_pays():
-    """On 300 posts and drafts of all qualities: what is added to a summary moves the gold reward by exactly its own term."""
+    """On 300 posts and drafts of all qualities: what is added to a summary moves the gold reward by exactly
+    its own term."""
     rng = random.Random(0)
     for _ in range(300):
         post = make_post(rng)
@@ -303,7 +305,8 @@ def test_rank_of_two_is_bradley_terry():
 
 
 def agreement(many_pairs, lapse: float, temperature: float) -> tuple[float, float, float]:
-    """Share of pairs in which the people took the summary of the higher utility; the share that the model predicts; its standard error."""
+    """Share of pairs in which the people took the summary of the higher utility; the share that the model
+    predicts; its standard error."""
     differences = [utility(post.hidden, chosen) - utility(post.hidden, rejected) for post, chosen, rejected in many_pairs]
     differences = [d for d in differences if d]
     p = [lapse / 2 + (1 - lapse) * sigmoid(abs(d) / temperature) for d in differences]
@@ -323,7 +326,8 @@ def test_must_fail_with_more_lapses_or_another_temperature(many_pairs):
 
 
 def share_of_wins(many_pairs, measure) -> tuple[float, float]:
-    """Of pairs of about the same gold reward: how often the larger measure was chosen, and four standard errors of a fair coin."""
+    """Of pairs of about the same gold reward: how often the larger measure was chosen, and four standard
+    errors of a fair coin."""
     alike = [(measure(chosen), measure(rejected)) for post, chosen, rejected in many_pairs
              if abs(gold_reward(post.hidden, chosen, True) - gold_reward(post.hidden, rejected, True)) < 0.1]
     wins = [chosen > rejected for chosen, rejected in alike if chosen != rejected]
