@@ -7,8 +7,8 @@ r"""Sample, score, select: K responses to every prompt become tables for train_s
            (2403.19443)                                                                     -> pairs_train
            prompts with a smaller gap, to go on with by RL                                  -> sft_train
 
-A response without EOS is never selected. Every other table is copied. Leaves out: the training; runs/online.sh
-has each as a pipeline.
+A response without EOS is never selected. Every other table is copied. Leaves out: the training
+(runs/online.sh has each as a pipeline).
 CPU, toy world:
     python sample.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm --select=best \
         --k=8 --temperature=1 --rows=4000 --out_dir=out/toy/best_of_8
