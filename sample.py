@@ -1,4 +1,4 @@
-"""Sample, score, select: K responses to every prompt become tables for train_sft.py and train_simpo.py.
+r"""Sample, score, select: K responses to every prompt become tables for train_sft.py and train_simpo.py.
 
     best   per prompt the response with the highest score: RAFT (arXiv 2304.06767), ReST    -> sft_train
     own    ... with the highest log-prob under the model itself: sharpening (2412.01951)    -> sft_train

@@ -16,11 +16,13 @@ from tiny import SCRIPTS, TRAINING, base, distance, gap, log, weights
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import evaluate
+import train_online
 import train_rloo
 import train_rm
 import train_sft
 import train_simpo
 from rlhf.model import NeoX
+from rlhf.policy import POLICY_LOSSES
 from study import best_of_n
 
 SAME = 2e-5  # rounding
@@ -29,7 +31,7 @@ DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the t
 # Tested in test_scripts.py, test_cli.py or test_judge.py, or invisible without a hub or a language model.
 ELSEWHERE = {
     "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "samples_every",
-    "wandb", "tensorboard",
+    "wandb", "tensorboard", "clip_high",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
     "judge_price_out",
@@ -51,15 +53,26 @@ REWARD = dict(
     reward="kl+maxent:0.1", invalid_logprob_fill=1.0, missing_eos="subtract", missing_eos_penalty=3.0
 )
 ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
+RATIO = dict(policy_loss="token")
 SAMPLING = dict(temperature=1.0, top_p=0.5)
+PAIRS = dict(
+    k=6, mixture=0.5, opponent=1.0, data_pair=True, round_updates=2, temperature=0.7, top_p=0.5,
+    response_tokens=8, move_reference=dict(round_updates=2, move_reference=True), batch_size=8, episodes=24,
+    epochs=2,
+)
+ONLINE = PAIRS | dict(
+    scorer="gold", label="sampled", missing_eos="replace", missing_eos_penalty=30.0, explore=0.1,
+    loss=dict(loss="simpo"), beta=0.5, gamma=dict(loss="simpo", gamma=1.0), label_smoothing=0.2,
+)
 
 # {option: another value, or the options to change}: the final weights must differ
 CHANGES_THE_WEIGHTS = {
     train_sft: EPOCHS | dict(init="scratch", train_rows=20, loss_on="response", batch_size=5),
     train_rm: EPOCHS | dict(train_rows=6, center_rows=4, center=False, batch_size=4),
     train_simpo: EPOCHS | OTHER_REFERENCE | LOSS | dict(train_rows=6, batch_size=4),
-    train_rloo: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | REWARD | ALGORITHM | SAMPLING
-    | dict(response_tokens=8),
+    train_rloo: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | REWARD | ALGORITHM | RATIO
+    | SAMPLING | dict(response_tokens=8),
+    train_online: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | ONLINE,
 }
 # ... the numbers must differ, and the weights must not
 CHANGES_THE_NUMBERS = {
@@ -67,6 +80,7 @@ CHANGES_THE_NUMBERS = {
     train_rm: dict(eval_rows=3),
     train_simpo: dict(eval_rows=3, eval_every=2),
     train_rloo: dict(eval_rows=3),
+    train_online: dict(eval_rows=3),
     evaluate: OTHER_MODEL | OTHER_REFERENCE | OTHER_REWARD_MODEL | SAMPLING | dict(
         split="test", n=3, response_tokens=8, sample_temperature=0.5, judge="rm",
         agreement="", agreement_rows=3),
@@ -132,9 +146,20 @@ def test_the_same_values_give_the_same_run(tiny, script):
     assert script not in TRAINING or distance(again, tiny.run(script)) == 0
 
 
+@pytest.mark.parametrize("clip_high", [None, 0.3])
+def test_both_bounds_of_the_clip_reach_the_policy_loss(tiny, monkeypatch, clip_high):
+    seen = []
+    usual = POLICY_LOSSES["sequence"]
+    spy = lambda *args, **bounds: seen.append(bounds) or usual(*args, **bounds)  # noqa: E731
+    monkeypatch.setitem(POLICY_LOSSES, "sequence", spy)
+    tiny.fresh(train_rloo, clip_high=clip_high)
+    assert seen and all(bounds == {"clip": 0.1, "clip_high": clip_high} for bounds in seen)
+
+
 def test_every_reward_moves_the_weights_its_own_way(tiny):
     rewards = ["kl:0.5", "maxent:0.5", "maxent_length:0.5", "minent_length:0.5", "kl:0.5+minent_length:0.5",
-               "kl:0.2+minent_length:0.5", "kl:0.5+minent_length:0.2", "score:0+kl:0.5", "score:0.5"]
+               "kl:0.2+minent_length:0.5", "kl:0.5+minent_length:0.2", "score:0+kl:0.5", "score:0.5",
+               "chi2:0.5", "ref_logprob:0.5"]
     runs = [tiny.run(train_rloo, reward=reward) for reward in rewards]
     assert all(distance(a, b) > DIFFERENT for i, a in enumerate(runs) for b in runs[:i])
 
@@ -187,7 +212,7 @@ def test_compile(tiny, script, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
     run = tiny.fresh(script, compile=True)
-    models = {train_rloo: 3, train_simpo: 2}.get(script, 1)
+    models = {train_rloo: 3, train_online: 3, train_simpo: 2}.get(script, 1)
     assert sum(f.__name__ == "project" for f in compiled) == 2 * models
     assert_same(script, run, tiny.run(script))
 

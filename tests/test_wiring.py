@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
+import train_online
 import train_rloo
 import train_rm
 import train_sft
@@ -96,7 +97,9 @@ def test_only_the_policy_is_trainable(tiny, script):
         tiny.fresh(script, dtype="bfloat16")
     finally:
         handle.remove()
-    models = {train_sft: 1, train_rm: 1, train_simpo: 2, train_rloo: 3, evaluate: 3, best_of_n: 2}[script]
+    models = {
+        train_sft: 1, train_rm: 1, train_simpo: 2, train_rloo: 3, train_online: 3, evaluate: 3, best_of_n: 2,
+    }[script]
     assert len(trainable) == models and sum(trainable.values()) == (script in TRAINING)
     for model, learns in trainable.items():
         matrix = model.gpt_neox.layers[0].attention.dense.weight

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import evaluate
+import train_online
 import train_rloo
 import train_rm
 import train_sft
@@ -25,7 +26,7 @@ from rlhf.model import EOS, PAD, NeoX, NeoXConfig
 from rlhf.pretrained import load_tokenizer, save_pretrained
 from study import best_of_n
 
-TRAINING = [train_sft, train_rm, train_rloo, train_simpo]
+TRAINING = [train_sft, train_rm, train_rloo, train_simpo, train_online]
 SCRIPTS = [*TRAINING, evaluate, best_of_n]
 R = 12  # longest sampled response: some end before it, some do not
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, rotary_pct=0.5,
@@ -46,11 +47,14 @@ def base(script: ModuleType) -> dict:
     reward_model = dict(reward_model="{world}/rm")
     judged = dict(judge="gold", temperature=0.7, agreement="pairs_validation")
     rloo = dict(reward="kl:0.05+maxent_length:0.1", k=2, batch_size=8, episodes=16, ppo_epochs=2, clip=0.1)
+    pairs = dict(loss="dpo", beta=0.1, missing_eos="subtract")
+    online = pairs | dict(k=4, batch_size=12, episodes=36, temperature=1.0)
     return {
         train_sft: io | train | dict(batch_size=6),
         train_rm: io | train | dict(batch_size=3),
         train_simpo: io | train | reference | dict(loss="dpo_length", beta=2.0, batch_size=3),
         train_rloo: io | train | reference | reward_model | rloo,
+        train_online: io | train | reference | reward_model | online,
         evaluate: io | reference | reward_model | judged,
         best_of_n: io | reward_model | dict(samples=4),
     }[script]
