@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.forward import TokenStats
 from rlhf.losses import PREFERENCE_LOSSES
 from rlhf.masked import seq_logprobs
-from rlhf.pair_losses import seq_log_ratios
+from rlhf.pair_losses import margin, seq_log_ratios
 
 LABELS = ("hard", "sampled", "soft")
 
@@ -94,4 +94,14 @@ def nash_md(logprobs, ref_logprobs, mask, *, beta=0.1, labels=None):
     return -weight * seq_logprobs(logprobs, mask)[:, 0], (beta * log_ratios).detach()
 
 
-ONLINE_LOSSES = {**PREFERENCE_LOSSES, "nash_md": nash_md}
+def soft_ipo(logprobs, ref_logprobs, mask, *, beta=0.05, labels=None):
+    """(h - (P - 1/2) / beta)^2: `ipo` of losses.py (arXiv 2310.12036, beta its tau) before P became 1.
+
+    labels  probability P that the first response is the better one, a number or (N,); None: 1.
+    """
+    log_ratios = seq_log_ratios(logprobs, ref_logprobs, mask)  # (N, 2)
+    target = 0.5 / beta if labels is None else (labels - 0.5) / beta
+    return (margin(log_ratios) - target) ** 2, (beta * log_ratios).detach()
+
+
+ONLINE_LOSSES = {**PREFERENCE_LOSSES, "ipo": soft_ipo, "nash_md": nash_md}

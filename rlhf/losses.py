@@ -92,17 +92,14 @@ def simpo_pl(logprobs, _, mask, *, beta=2.0, gamma=0.5):
     return (log_normalizers - competitors.diagonal(dim1=1, dim2=2)).sum(-1), rewards.detach()
 
 
-def ipo(logprobs, ref_logprobs, mask, *, beta=0.05, labels=None):
-    """(h - (P - 1/2) / beta)^2, h as in `dpo`, sums over tokens: IPO (arXiv 2310.12036), beta its tau.
+def ipo(logprobs, ref_logprobs, mask, *, beta=0.05):
+    """(h - 1/(2 beta))^2, h as in `dpo`, sums over tokens: eq. 17 of IPO (arXiv 2310.12036), beta its tau.
 
-    labels  probability P that the chosen response is the better one, a number or (N,); None: 1, which is
-            eq. 17, (h - 1/(2 beta))^2.
     As in the DPO repository and in TRL's online trainers. TRL's DPOTrainer divides both log-ratios by their
     lengths first: `ipo_length`.
     """
     log_ratios = seq_logprobs(logprobs, mask) - seq_logprobs(ref_logprobs, mask)  # (N, 2)
-    target = 0.5 / beta if labels is None else (labels - 0.5) / beta
-    return (margin(log_ratios) - target) ** 2, (beta * log_ratios).detach()
+    return (margin(log_ratios) - 1 / (2 * beta)) ** 2, (beta * log_ratios).detach()
 
 
 def dpo_length(logprobs, ref_logprobs, mask, *, beta=2.0, gamma=0.0, label_smoothing=0.0):

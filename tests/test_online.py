@@ -20,10 +20,10 @@ import train_online
 import train_simpo
 from data import toy
 from rlhf.compare import ONLINE_LOSSES, compare, equal_scores, nash_md, pair_losses
+from rlhf.compare import soft_ipo as ipo
 from rlhf.config import UserError
 from rlhf.forward import TokenStats, response_scores
 from rlhf.groups import pack
-from rlhf.losses import ipo
 from rlhf.masked import seq_logprobs
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, save_pretrained
