@@ -35,12 +35,12 @@ from evaluation.judges import Judge, ScoreJudge, agreement, make_judge, parse_ju
 from evaluation.measures import measure, summaries_of, summarise
 from evaluation.page import page_data, render
 from evaluation.tables import show, write, write_sweep
-from rlhf.common import frozen, setup
+from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import check_tables, check_tokenizer, read_meta
+from rlhf.data import check_tables, read_meta
 from rlhf.model import NeoX
 from rlhf.out_dir import forget_replaced, open_directory
-from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, resolve
+from rlhf.pretrained import load_tokenizer, read_json, resolve
 from rlhf.summaries import ROUGE_HINT, Post, Summary, human_summaries, read_posts
 
 
@@ -243,10 +243,9 @@ def make_judges(cfg: Config, device: torch.device) -> tuple[dict[str, Judge], Sc
 def load_reference(cfg: Config, device: torch.device) -> NeoX | None:
     if not cfg.ref_model:
         return None
-    model = frozen(from_pretrained(cfg.ref_model, revision=cfg.revision, device=device, dtype=cfg.dtype))
-    tokenizer = load_tokenizer(cfg.ref_model, cfg.revision)
-    check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.ref_model)
-    return model
+    return frozen(load_model(
+        cfg.ref_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype
+    ))
 
 
 def write_page(cfg: Config, out: Path, rows: dict, results: list[dict], judges: list[str]) -> None:

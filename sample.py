@@ -31,16 +31,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.gold import gold
-from rlhf.common import frozen, setup
+from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import check_tables, check_tokenizer, has_column, open_table, read_meta
+from rlhf.data import check_tables, has_column, open_table, read_meta
 from rlhf.files import WRITING, check_apart, data_aside, move_data_in
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate
 from rlhf.groups import micro_batches, pack
 from rlhf.masked import seq_logprobs
 from rlhf.model import NeoX
-from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
+from rlhf.pretrained import load_tokenizer, read_json
 from rlhf.summaries import texts_of
 
 MAY_CHANGE = {"resume", "overwrite", "device", "micro_batch_tokens"}  # of a command that goes on
@@ -241,17 +241,15 @@ def main(cfg: Config) -> dict:
     table = open_table(cfg.data_dir, "sft_train", columns, cfg.rows)
     data = {column: table[column].to_pylist() for column in columns}
 
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
+    load = partial(
+        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype
+    )
     model = frozen(load(cfg.model))
-    models = [(model, cfg.model)]
     scorer = (model, "embed_out")
     if cfg.scorer == "rm" and cfg.select != "own":
         scorer = (frozen(load(cfg.reward_model, head="score")), "score")
-        models.append((scorer[0], cfg.reward_model))
-    for m, name in models:
-        check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), m.config.vocab_size, name)
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    check_tables(cfg.data_dir, [m for m, _ in models], ("sft_train", cfg.rows, R))
+    check_tables(cfg.data_dir, [model, scorer[0]], ("sft_train", cfg.rows, R))
     aside = data_aside(out)
     settings = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
     (aside / "parts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (settings, *parts)))

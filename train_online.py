@@ -23,17 +23,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.gold import gold
-from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
+from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.compare import ONLINE_LOSSES, Comparison, compare, equal_scores, pair_losses
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, read_meta, read_table
 from rlhf.forward import TokenStats, response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
-from rlhf.logprobs import compile_kernels
 from rlhf.losses import RANKED, describe, extras, loss_options
 from rlhf.masked import masked_mean, masked_sum, seq_logprobs
-from rlhf.model import EOS, NeoX, compile_layers
+from rlhf.model import EOS, NeoX
 from rlhf.pair_losses import seq_log_ratios
 from rlhf.policy import k1, k3
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
@@ -149,6 +148,17 @@ def check(cfg: Config) -> None:
     if cfg.loss == "nash_md" and (cfg.label != "soft" or cfg.k != 2 or cfg.data_pair):
         raise UserError("--loss=nash_md compares a response with one of the opponent: it takes --label=soft "
                         "and --k=2, and no --data_pair")
+
+
+def load_models(cfg: Config, device: torch.device) -> tuple[NeoX, NeoX, NeoX | None]:
+    """Policy, reference and, where it compares, the reward model."""
+    load = partial(
+        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
+        compiled=cfg.compile,
+    )
+    policy, reference = load(cfg.model), frozen(load(cfg.ref_model or cfg.model))
+    reward_model = frozen(load(cfg.reward_model, head="score")) if cfg.scorer == "rm" else None
+    return policy, reference, reward_model
 
 
 def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
@@ -275,25 +285,15 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
-    policy = load(cfg.model)
-    reference = frozen(load(cfg.ref_model or cfg.model))
-    models = [(policy, cfg.model), (reference, cfg.ref_model or cfg.model)]
-    if cfg.scorer == "rm":
-        reward_model = frozen(load(cfg.reward_model, head="score"))
-        models.append((reward_model, cfg.reward_model))
+    models = load_models(cfg, device)
+    policy, reference, reward_model = models
+    models = [model for model in models if model]
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    for model, name in models:
-        check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
-    context = min(model.config.max_position_embeddings for model, _ in models)
+    context = min(model.config.max_position_embeddings for model in models)
     uses = [("pairs_train", 0, 0), ("pairs_train", 0, R)] if cfg.data_pair else [("sft_train", 0, R)]
     uses += [("sft_validation", cfg.eval_rows, R)]
-    check_tables(cfg.data_dir, [model for model, _ in models], *uses)
+    check_tables(cfg.data_dir, models, *uses)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.compile:
-        compile_kernels()
-        for model, _ in models:
-            compile_layers(model)
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)

@@ -24,17 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from data.gold import gold
-from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
+from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, read_meta, read_table
 from rlhf.forward import response_scores, token_stats, token_values
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
-from rlhf.logprobs import compile_kernels
 from rlhf.masked import masked_mean, masked_sum
-from rlhf.model import NeoX, compile_layers
+from rlhf.model import NeoX
 from rlhf.policy import clipped_token_loss, clipped_value_loss, gae, k1, k2, k3, whiten
-from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.pretrained import load_tokenizer
 from rlhf.rewards import missing_eos
 from rlhf.run import Run
 from rlhf.summaries import mean, summary_metrics, texts_of
@@ -169,24 +168,16 @@ def rollout_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
 
 
 def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
-    """Policy, critic, reference, reward model; all of them know the tokens of the data."""
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
-    ref_model = cfg.ref_model or cfg.model
-    names = [cfg.model, cfg.reward_model, ref_model, cfg.reward_model]
-    policy, reference = load(cfg.model), frozen(load(ref_model))
-    critic = load(cfg.reward_model, head="score")
-    reward_model = frozen(load(cfg.reward_model, head="score"))
-    models = [policy, critic, reference, reward_model]
-    for model, name in zip(models, names):
-        own = load_tokenizer(name, cfg.revision)
-        check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
+    """Policy, critic, reference, reward model."""
+    load = partial(
+        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
+        compiled=cfg.compile,
+    )
+    policy, critic = load(cfg.model), load(cfg.reward_model, head="score")
     for model in (policy, critic):
         model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.compile:
-        compile_kernels()
-        for model in models:
-            compile_layers(model)
-    return models
+    reference = frozen(load(cfg.ref_model or cfg.model))
+    return [policy, critic, reference, frozen(load(cfg.reward_model, head="score"))]
 
 
 def main(cfg: Config) -> dict:

@@ -27,17 +27,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.gold import gold
-from rlhf.common import Timer, adamw, frozen, learning_rate, optimizer_step, set_lr, setup
+from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, has_column, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
-from rlhf.logprobs import compile_kernels
 from rlhf.masked import masked_mean, masked_sum, seq_logprobs
-from rlhf.model import NeoX, compile_layers
+from rlhf.model import NeoX
 from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3
-from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import function_scores, load_reward_fn
 from rlhf.rewards import missing_eos, parse_reward, rlhf_reward
 from rlhf.run import Run
@@ -121,21 +120,15 @@ def check(cfg: Config) -> None:
               "distribution: the gradient is biased", file=sys.stderr)
 
 
-def load_models(cfg: Config, device: torch.device) -> list[tuple[NeoX, str]]:
-    """Policy, reference and, unless there is a --reward_fn, the reward model, each with its name; all of them
-    know the tokens of the data."""
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
-    ref_model = cfg.ref_model or cfg.model
-    models = [(load(cfg.model), cfg.model), (frozen(load(ref_model)), ref_model)]
+def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
+    """Policy, reference and, unless there is a --reward_fn, the reward model."""
+    load = partial(
+        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
+        compiled=cfg.compile,
+    )
+    models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     if cfg.reward_model:
-        models.append((frozen(load(cfg.reward_model, head="score")), cfg.reward_model))
-    for model, name in models:
-        own = load_tokenizer(name, cfg.revision)
-        check_tokenizer(cfg.data_dir, own, model.config.vocab_size, name)
-    if cfg.compile:
-        compile_kernels()
-        for model, _ in models:
-            compile_layers(model)
+        models.append(frozen(load(cfg.reward_model, head="score")))
     return models
 
 
@@ -164,8 +157,8 @@ def model_scores(
 def make_score(cfg: Config, models: list, tokenizer: Tokenizer, pack_rows: Callable) -> Callable:
     """score(prompts, responses, references) -> scores (n, K), scores of the references (n, 0 or 1)."""
     if cfg.reward_fn:
-        return partial(function_scores, load_reward_fn(cfg.reward_fn), tokenizer, models[0][0].device)
-    return partial(model_scores, models[2][0], pack_rows)
+        return partial(function_scores, load_reward_fn(cfg.reward_fn), tokenizer, models[0].device)
+    return partial(model_scores, models[2], pack_rows)
 
 
 def policy_gradient(
@@ -237,12 +230,12 @@ def main(cfg: Config) -> dict:
         return out.earlier_result()
 
     models = load_models(cfg, device)
-    policy, reference = models[0][0], models[1][0]
+    policy, reference = models[:2]
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = policy.config.max_position_embeddings
     uses = [("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R)]
     uses += [("sft_train", 0, 0)] if any(data["references"]) else []
-    check_tables(cfg.data_dir, [model for model, _ in models], *uses)
+    check_tables(cfg.data_dir, models, *uses)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)

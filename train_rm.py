@@ -23,12 +23,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
+from rlhf.common import adamw, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import (
     batch_indices,
     check_tables,
-    check_tokenizer,
     has_column,
     read_meta,
     read_table,
@@ -37,8 +36,7 @@ from rlhf.data import (
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
-from rlhf.model import compile_layers
-from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 
 
@@ -125,19 +123,16 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    model = from_pretrained(
-        cfg.model, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed,
-        device=device, dtype=cfg.dtype,
+    model = load_model(
+        cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed,
+        device=device, dtype=cfg.dtype, compiled=cfg.compile,
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
     uses = [("pairs_train", cfg.train_rows, 0)]
     uses += [(name, cfg.eval_rows, 0) for name in tables(cfg.data_dir, "pairs_validation")]
     uses += [("sft_train", cfg.center_rows, 0)] if cfg.center else []
     check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.compile:
-        compile_layers(model)
     optimizer = adamw(model, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{rows} pairs, {total} updates of {cfg.batch_size}; "

@@ -22,15 +22,13 @@ from typing import Literal
 import torch
 
 from data.gold import gold
-from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
+from rlhf.common import adamw, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, column_names, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, column_names, read_meta, read_table
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
-from rlhf.logprobs import compile_kernels
-from rlhf.model import compile_layers
-from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 from rlhf.summaries import summary_metrics
 
@@ -106,18 +104,15 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    model = from_pretrained(
-        cfg.model, revision=cfg.revision, init=cfg.init, seed=cfg.seed, device=device, dtype=cfg.dtype
+    model = load_model(
+        cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, init=cfg.init, seed=cfg.seed,
+        device=device, dtype=cfg.dtype, compiled=cfg.compile,
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
     uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0)]
     uses += [("sft_validation", cfg.eval_rows, R)]
     check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.compile:
-        compile_kernels()
-        compile_layers(model)
     optimizer = adamw(model, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{rows} posts, {total} updates of {cfg.batch_size}; "

@@ -24,16 +24,14 @@ import torch
 from torch import Tensor
 
 from data.gold import gold
-from rlhf.common import adamw, frozen, learning_rate, optimizer_step, set_lr, setup
+from rlhf.common import adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import batch_indices, check_tables, check_tokenizer, read_meta, read_table
+from rlhf.data import batch_indices, check_tables, read_meta, read_table
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import pack
-from rlhf.logprobs import compile_kernels
 from rlhf.losses import PREFERENCE_LOSSES, RANKED, describe, extras, loss_options, needs_reference
 from rlhf.masked import mean_logprobs, seq_logprobs
-from rlhf.model import compile_layers
 from rlhf.pair_losses import dynamic_margins
 from rlhf.preferences import (
     AGAIN,
@@ -46,7 +44,7 @@ from rlhf.preferences import (
     slices_of,
     top_tokens,
 )
-from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run, finite
 from rlhf.summaries import summary_metrics
 
@@ -173,26 +171,20 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
-    models = {cfg.model: load(cfg.model)}
-    policy, reference = models[cfg.model], None
-    if needs_reference(loss_fn):
-        reference = frozen(load(cfg.ref_model or cfg.model))
-        models[cfg.ref_model or cfg.model] = reference
-    for name, model in models.items():
-        check_tokenizer(cfg.data_dir, load_tokenizer(name, cfg.revision), model.config.vocab_size, name)
+    load = partial(
+        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
+        compiled=cfg.compile,
+    )
+    policy = load(cfg.model)
+    reference = frozen(load(cfg.ref_model or cfg.model)) if needs_reference(loss_fn) else None
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = policy.config.max_position_embeddings
     check_tables(
-        cfg.data_dir, list(models.values()), (table, cfg.train_rows, 0),
+        cfg.data_dir, [policy, reference] if reference else [policy], (table, cfg.train_rows, 0),
         ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
         *([("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []),
     )
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.compile:
-        compile_kernels()
-        for model in filter(None, (policy, reference)):
-            compile_layers(model)
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     pack_rows = partial(pack, max_positions=context, device=device)
     again = tokenizer.encode(AGAIN).ids

@@ -17,12 +17,10 @@ import torch
 from data.gold import gold
 from evaluation.llm_judge import LLMJudge
 from evaluation.statistics import paired_bootstrap, win_rate
-from rlhf.common import frozen
+from rlhf.common import frozen, load_model
 from rlhf.config import UserError
-from rlhf.data import check_tokenizer
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
-from rlhf.pretrained import from_pretrained, load_tokenizer
 from rlhf.summaries import Post, Summary, gold_scores
 
 Judge = Callable[[list[Post], list[Summary], list[Summary]], list[float]]
@@ -58,8 +56,9 @@ def reward_model_judge(
     """A reward model's score of the last token, without a missing-EOS rule; nothing is scored twice."""
     if not reward_model:
         raise UserError("--judge=rm needs --reward_model (train one with train_rm.py)")
-    model = frozen(from_pretrained(reward_model, revision=revision, head="score", device=device, dtype=dtype))
-    check_tokenizer(data_dir, load_tokenizer(reward_model, revision), model.config.vocab_size, reward_model)
+    model = frozen(load_model(
+        reward_model, data_dir=data_dir, revision=revision, head="score", device=device, dtype=dtype
+    ))
     context = model.config.max_position_embeddings
     known: dict[tuple, float] = {}  # (query tokens, summary tokens) -> score
 

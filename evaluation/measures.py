@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
-from rlhf.common import frozen
-from rlhf.data import check_tables, check_tokenizer
+from rlhf.common import frozen, load_model
+from rlhf.data import check_tables
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.model import NeoX
-from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
+from rlhf.pretrained import load_tokenizer, read_json
 from rlhf.summaries import COUNTED, Gold, Post, Summary, mean, sampled_summaries, summary_means, summary_rows
 
 HEADLINE = (  # of the first judge
@@ -53,9 +53,10 @@ def summarise(
 ) -> list[dict]:
     """One row per post: the summary of at most R tokens by the checkpoint at `path`, and what is measured of
     it without a judge, in nats per summary and in tokens with EOS. `cfg` is evaluate.Config."""
-    model = frozen(from_pretrained(path, revision=cfg.revision, device=device, dtype=cfg.dtype))
+    model = frozen(load_model(
+        path, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype
+    ))
     tokenizer = load_tokenizer(path, cfg.revision)
-    check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, path)
     check_tables(cfg.data_dir, [model], (f"sft_{cfg.split}", cfg.n, R))
     prompts = [post.query_token for post in posts]
 

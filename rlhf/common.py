@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from rlhf.config import RunError, UserError
-from rlhf.model import NeoX
+from rlhf.data import check_tokenizer
+from rlhf.logprobs import compile_kernels
+from rlhf.model import NeoX, compile_layers
+from rlhf.pretrained import from_pretrained, load_tokenizer
 
 
 def setup(seed: int, device: str) -> torch.device:
@@ -42,6 +45,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
     except (OSError, AttributeError):  # not glibc: only slower
         pass
+
+
+def load_model(
+    path_or_id: str, *, data_dir: str, revision: str, device: torch.device, dtype: str,
+    compiled: bool = False, **options,
+) -> NeoX:
+    """`from_pretrained` and its options, for a script: a model that knows the tokens of the prepared data,
+    `compiled` by torch.compile."""
+    model = from_pretrained(path_or_id, revision=revision, device=device, dtype=dtype, **options)
+    tokenizer = load_tokenizer(path_or_id, revision)
+    check_tokenizer(data_dir, tokenizer, model.config.vocab_size, path_or_id)
+    if compiled:
+        compile_kernels()
+        compile_layers(model)
+    return model
 
 
 def frozen(model: NeoX) -> NeoX:

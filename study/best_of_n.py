@@ -18,7 +18,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,12 +27,12 @@ from torch import Tensor
 from data.gold import gold
 from evaluation.judges import make_judge
 from evaluation.tables import write
-from rlhf.common import frozen, setup
+from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
-from rlhf.data import check_tables, check_tokenizer, read_meta
+from rlhf.data import check_tables, read_meta
 from rlhf.generate import generate_all
 from rlhf.out_dir import check_out_dir, exists, forget_replaced, open_directory
-from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.pretrained import load_tokenizer
 from rlhf.rewards import missing_eos
 from rlhf.summaries import Post, gold_scores, read_posts, sampled_summaries
 
@@ -114,10 +113,10 @@ def check(cfg: Config) -> None:
 def sampled_values(cfg: Config, posts: list[Post], device: torch.device) -> dict[str, Tensor]:
     """Scores and, where it is known, the gold reward of M samples for each post, (N, M) each."""
     R = read_meta(cfg.data_dir)["response_tokens"]
-    load = partial(from_pretrained, revision=cfg.revision, device=device, dtype=cfg.dtype)
-    model = frozen(load(cfg.model))
+    model = frozen(load_model(
+        cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype
+    ))
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
-    check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
     check_tables(cfg.data_dir, [model], (f"sft_{cfg.split}", cfg.rows, R))
     proxy = make_judge("rm", **{**vars(cfg), "device": device})
     true_reward = gold(cfg.data_dir)
