@@ -15,8 +15,6 @@ from rlhf.losses import PREFERENCE_LOSSES
 from rlhf.masked import seq_logprobs
 from rlhf.pair_losses import margin, seq_log_ratios
 
-LABELS = ("hard", "sampled", "soft")
-
 
 @dataclass
 class Comparison:
