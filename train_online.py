@@ -24,7 +24,15 @@ from torch import Tensor
 
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
-from rlhf.compare import ONLINE_LOSSES, Comparison, compare, equal_scores, pair_losses
+from rlhf.compare import (
+    METHODS,
+    ONLINE_LOSSES,
+    Comparison,
+    add_data_pair,
+    compare,
+    equal_scores,
+    pair_losses,
+)
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
 from rlhf.forward import TokenStats, response_scores, token_stats
@@ -32,7 +40,7 @@ from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
 from rlhf.losses import RANKED, describe, extras, loss_options
 from rlhf.masked import masked_mean, masked_sum, seq_logprobs
-from rlhf.model import EOS, NeoX
+from rlhf.model import NeoX
 from rlhf.pair_losses import seq_log_ratios
 from rlhf.policy import k1, k3
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
@@ -41,19 +49,6 @@ from rlhf.run import Run
 from rlhf.summaries import mean, summary_metrics, texts_of
 
 OPTIONS = ("beta", "gamma", "label_smoothing")  # of losses; each loss names those that it has
-METHODS = """methods (each with --k=2 unless it says another):
-  online DPO     --loss=dpo --beta=0.1                                            arXiv 2402.04792
-  online IPO     --loss=ipo --beta=0.1 --label=soft                               2312.00886, 2403.08635
-  IPO-MD         --loss=ipo --beta=0.1 --label=soft --mixture=0.125               2403.08635
-  Nash-MD        --loss=nash_md --beta=0.1 --label=soft --opponent=0.5            2312.00886
-  XPO            --loss=dpo --beta=0.1 --opponent=1 --explore=1e-5                2405.21046
-  optimistic VPO --loss=dpo --beta=0.1 --opponent=1 --explore=0.01                2405.19320
-                 (explore = its alpha x beta; its alpha and calibration distribution are open, here pi_ref)
-  SELM           --loss=dpo --beta=0.01 --k=1 --data_pair --explore=1e-5 --round_updates=N --move_reference
-                 2405.19332 (explore = its alpha x beta; its y is greedy, ours is sampled)
-  iterative DPO  --loss=dpo --beta=0.1 --k=8 --epochs=2 --round_updates=N --move_reference    2405.07863
-
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +179,6 @@ def draw(
     ]
     responses = [sum(groups, []) for groups in zip(*[part for part, _ in parts])]
     return responses, torch.cat([ended for _, ended in parts], 1)
-
-
-def add_data_pair(responses: list, ended: Tensor, chosen: list, rejected: list) -> tuple[list, Tensor]:
-    """Two more responses of each prompt: (N, K) -> (N, K + 2)."""
-    pairs = list(zip(chosen, rejected))
-    has_eos = torch.tensor([[response[-1:] == [EOS] for response in pair] for pair in pairs])  # (N, 2)
-    return [own + list(pair) for own, pair in zip(responses, pairs)], torch.cat([ended, has_eos], 1)
 
 
 def round_model(cfg: Config, out: Run, step: int, policy: NeoX, tokenizer: Tokenizer) -> NeoX | None:

@@ -13,7 +13,22 @@ from torch import Tensor
 from rlhf.forward import TokenStats
 from rlhf.losses import PREFERENCE_LOSSES
 from rlhf.masked import seq_logprobs
+from rlhf.model import EOS
 from rlhf.pair_losses import margin, seq_log_ratios
+
+METHODS = """methods (each with --k=2 unless it says another):
+  online DPO     --loss=dpo --beta=0.1                                            arXiv 2402.04792
+  online IPO     --loss=ipo --beta=0.1 --label=soft                               2312.00886, 2403.08635
+  IPO-MD         --loss=ipo --beta=0.1 --label=soft --mixture=0.125               2403.08635
+  Nash-MD        --loss=nash_md --beta=0.1 --label=soft --opponent=0.5            2312.00886
+  XPO            --loss=dpo --beta=0.1 --opponent=1 --explore=1e-5                2405.21046
+  optimistic VPO --loss=dpo --beta=0.1 --opponent=1 --explore=0.01                2405.19320
+                 (explore = its alpha x beta; its alpha and calibration distribution are open, here pi_ref)
+  SELM           --loss=dpo --beta=0.01 --k=1 --data_pair --explore=1e-5 --round_updates=N --move_reference
+                 2405.19332 (explore = its alpha x beta; its y is greedy, ours is sampled)
+  iterative DPO  --loss=dpo --beta=0.1 --k=8 --epochs=2 --round_updates=N --move_reference    2405.07863
+
+"""
 
 
 @dataclass
@@ -38,6 +53,13 @@ def equal_scores(scores: Tensor, responses: list[list[list[int]]]) -> Tensor:
     """Scores (N, K), equal ones for equal responses: rounding must not prefer one of the two."""
     first = [[group.index(response) for response in group] for group in responses]
     return scores.gather(1, torch.tensor(first, device=scores.device))
+
+
+def add_data_pair(responses: list, ended: Tensor, chosen: list, rejected: list) -> tuple[list, Tensor]:
+    """Two more responses of each prompt: (N, K) -> (N, K + 2)."""
+    pairs = list(zip(chosen, rejected))
+    has_eos = torch.tensor([[response[-1:] == [EOS] for response in pair] for pair in pairs])  # (N, 2)
+    return [own + list(pair) for own, pair in zip(responses, pairs)], torch.cat([ended, has_eos], 1)
 
 
 def compare(scores: Tensor, label: str, coins: Tensor, *, ranked: bool = False) -> Comparison:
