@@ -183,7 +183,7 @@ def test_the_coefficient_of_a_term_without_one():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("kl+entropy", "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, chi2, ref_logprob, as in"),
+    ("kl+entropy", f"no term 'entropy'; known: score, {', '.join(REWARDS)}, as in kl:0.05+maxent_length:0.1"),
     ("kl+", "no term ''"),
     ("", "no term ''"),
     (" ", "no term ''"),
