@@ -1,14 +1,18 @@
-"""Reward model from human preferences: stage 2 of the recipe (N+ reward.py).
+r"""Reward model from human preferences: stage 2.
 
-    loss = - mean over pairs of log sigmoid(r(x, y_chosen) - r(x, y_rejected))         eq. 1 and L_R in section 2.1 of the paper
+    loss = - mean over pairs of log sigmoid(r(x, y_chosen) - r(x, y_rejected))
 
-The backbone starts from the SFT model, the head is N(0, 1/sqrt(C+1)); the reward is read at the last token of the response (its EOS). After training, the
-mean reward of the SFT training references is subtracted, so that a reward of 0 means "as good as a reference" (--center=false leaves it out).
-Leaves out: dropout, standardising the reward's scale (N+ does not).
+That is eq. 1 and L_R (2.1) of "Failure Modes of Maximum Entropy RLHF" (arXiv 2509.20265); the recipe is
+summarize_from_feedback_details/reward.py (github vwxyzjn). The backbone starts from the SFT model, the head
+is N(0, 1/sqrt(C+1)); the reward is read at the last token of the response, its EOS. After training, the mean
+reward of the SFT training references is subtracted: a reward of 0 means "as good as a reference"
+(--center=false leaves it out). Leaves out: dropout, standardising the reward's scale (as there).
 
-    CPU, toy world:  python train_rm.py --data_dir=out/toy/data --model=out/toy/sft --out_dir=out/toy/rm --lr=7e-4 --warmup=0.05
-                         --batch_size=32 --center_rows=1000      (a minute; accuracy 0.63)
-    GPU, Pythia 1B:  python train_rm.py --data_dir=out/tldr --model=out/1b/sft --out_dir=out/1b/rm      (published accuracy: 0.629, recipe section 3)
+CPU, toy world (a minute; accuracy 0.63):
+    python train_rm.py --data_dir=out/toy/data --model=out/toy/sft --out_dir=out/toy/rm \
+        --lr=7e-4 --warmup=0.05 --batch_size=32 --center_rows=1000
+GPU, Pythia 1B (accuracy published there: 0.629):
+    python train_rm.py --data_dir=out/tldr --model=out/1b/sft --out_dir=out/1b/rm
 """
 
 import time
@@ -19,13 +23,23 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from rlhf.common import Run, adamw, autocast, learning_rate, optimizer_step, set_lr, setup
-from rlhf.config import UserError, run
-from rlhf.data import batch_indices, check_distinct, check_tokenizer, read_meta, read_table, tables
+from rlhf.common import adamw, learning_rate, optimizer_step, set_lr, setup
+from rlhf.config import UserError, check_ranges, command_line
+from rlhf.data import (
+    batch_indices,
+    check_tables,
+    check_tokenizer,
+    has_column,
+    read_meta,
+    read_table,
+    tables,
+)
+from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import compile_layers
 from rlhf.pretrained import from_pretrained, load_tokenizer
+from rlhf.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,80 +53,108 @@ class Config:
     overwrite: bool = False  # replace an existing run in out_dir
     # data
     train_rows: int = 0  # rows of pairs_train used (0 = all)
-    center_rows: int = 0  # SFT training references whose mean reward becomes 0 (0 = all, as N+)
+    center_rows: int = 0  # SFT training references whose mean reward becomes 0 (0 = all)
     # optimization
     center: bool = True  # subtract the mean reward of the references after training
     lr: float = 3e-6  # peak learning rate
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, down to 0 at the last update
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up; would be 0 one update later
     warmup: float = 0.0  # share of the updates with a rising learning rate
     batch_size: int = 64  # pairs per update
     epochs: float = 1.0  # passes over the pairs
     weight_decay: float = 0.01  # AdamW, on all parameters
     adam_eps: float = 1e-5  # AdamW epsilon
-    max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping, as N+)
+    max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping)
     # eval and logging
     eval_rows: int = 0  # rows of each validation table (0 = all)
     save_every: int = 200  # updates between two checkpoints (0 = none)
-    keep: int = 1  # checkpoints kept (0 = all)
+    keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
+    wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
+    tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
     seed: int = 1  # data order and the weights of the head
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the model
-    micro_batch_tokens: int = 8192  # tokens in one forward and backward; changes memory and speed, not the result
-    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, a third more time
+    micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
+    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+
+
+NOTES = ("split", "batch", "confidence")  # accuracy is told by each of these that a validation table has
+
+
+def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """(pairs,): 1 where the chosen response has the higher number, 0.5 at a tie, else 0."""
+    return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
 def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dict[str, float]:
-    """Share of pairs whose chosen response scores higher (ties count half): all, by split, by batch, by confidence; and of "the longer one wins"."""
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()  # (pairs,)
-    lengths = torch.tensor([[len(c), len(r)] for c, r in zip(table["chosen_token"], table["rejected_token"])])
-    longer = (lengths[:, 0] > lengths[:, 1]).double() + 0.5 * (lengths[:, 0] == lengths[:, 1]).double()
+    """Share of pairs whose chosen response scores higher: of all, and by each of NOTES that the table has;
+    and the share in which it is the longer one."""
+    right = share_right(chosen, rejected)  # (pairs,)
+    chosen_length = torch.tensor([len(tokens) for tokens in table["chosen_token"]])
+    rejected_length = torch.tensor([len(tokens) for tokens in table["rejected_token"]])
+    longer = share_right(chosen_length, rejected_length)  # (pairs,)
     out = {"accuracy": right.mean().item(), "longer_wins_accuracy": longer.mean().item(), "pairs": len(right)}
-    for column in ("split", "batch", "confidence"):
+    for column in [column for column in NOTES if column in table]:
         members = defaultdict(list)
         for i, value in enumerate(table[column]):
-            members[value].append(i)
+            if value is not None:
+                members[value].append(i)
         if len(members) > 1:
-            out |= {f"accuracy/{column}={value}": right[rows].mean().item() for value, rows in sorted(members.items())}
+            for value, rows in sorted(members.items()):
+                out[f"accuracy/{column}={value}"] = right[rows].mean().item()
     return out
 
 
 def main(cfg: Config) -> dict:
+    check_ranges(cfg)
     device = setup(cfg.seed, cfg.device)
     read_meta(cfg.data_dir)
-    train = read_table(cfg.data_dir, "pairs_train", ["query_token", "chosen_token", "rejected_token"], cfg.train_rows)
-    check_distinct(cfg.data_dir, "pairs_train", train)
+    columns = ["query_token", "chosen_token", "rejected_token"]
+    train = read_table(cfg.data_dir, "pairs_train", columns, cfg.train_rows)
     rows = len(train["query_token"])
-    total = int(rows * cfg.epochs / cfg.batch_size)  # the last incomplete batch is dropped, as N+ does
+    total = int(rows * cfg.epochs / cfg.batch_size)  # the last incomplete batch is dropped
     if total < 1:
-        raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} pairs x {cfg.epochs} epochs: no update to make")
+        raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} pairs x {cfg.epochs} epochs: "
+                        "no update to make")
+    if cfg.center and not has_column(cfg.data_dir, "sft_train", "reference_response_token"):
+        raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become "
+                        "0: give --center=false, then the rewards keep their offset")
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
 
-    model = from_pretrained(cfg.model, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed, device=device)
+    model = from_pretrained(
+        cfg.model, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed,
+        device=device, dtype=cfg.dtype,
+    )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tokenizer(cfg.data_dir, tokenizer, model.config.vocab_size, cfg.model)
+    uses = [("pairs_train", cfg.train_rows, 0)]
+    uses += [(name, cfg.eval_rows, 0) for name in tables(cfg.data_dir, "pairs_validation")]
+    uses += [("sft_train", cfg.center_rows, 0)] if cfg.center else []
+    check_tables(cfg.data_dir, [model], *uses)
     model.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_layers(model)
     optimizer = adamw(model, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
-    print(f"{rows} pairs, {total} updates of {cfg.batch_size}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{rows} pairs, {total} updates of {cfg.batch_size}; "
+          f"{parameters / 1e6:.2f}M parameters on {device}")
 
     def scores(prompts: list, responses: list) -> torch.Tensor:
         """Rewards (N, K) of K responses to each prompt, read at the last token of each."""
         groups = pack(prompts, responses, max_positions=model.config.max_position_embeddings, device=device)
-        with autocast(device, cfg.dtype):
-            hidden = model(groups.ids, groups.positions, groups.attend)  # (T, C)
-        return model.scores(hidden[groups.last])  # (N, K)
+        return response_scores(model, groups)  # (N, K)
 
     @torch.no_grad()
     def all_scores(prompts: list, responses: list, name: str) -> torch.Tensor:
-        slices = tqdm(list(micro_batches(prompts, responses, cfg.micro_batch_tokens)), desc=name, leave=False)
-        return torch.cat([scores(prompts[s], responses[s]).cpu() for s in slices])
+        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        bar = tqdm(slices, desc=name, leave=False, disable=None)
+        parts = [scores(prompts[s], responses[s]).cpu() for s in bar]
+        return torch.cat(parts)  # (N, K)
 
-    loss = None  # stays None if a resumed run had no update left to make
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         indices = batch_indices(rows, cfg.batch_size, step, cfg.seed)
@@ -125,34 +167,41 @@ def main(cfg: Config) -> dict:
             part.backward()
             loss += part.item()
             seen.append(rewards.detach())
-        set_lr(optimizer, lr := learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup))
+        lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
+        set_lr(optimizer, lr)
         grad_norm = optimizer_step(model, optimizer, loss, cfg.max_grad_norm, step)
         chosen, rejected = torch.cat(seen).unbind(1)  # (N,)
-        out.log(step + 1, {
+        metrics = {
             "loss": loss,
-            "accuracy": (chosen > rejected).double().mean().item(),
+            "accuracy": share_right(chosen, rejected).mean().item(),
             "chosen_rewards": chosen.mean().item(),
             "rejected_rewards": rejected.mean().item(),
             "margins": (chosen - rejected).mean().item(),
-            "grad_norm": grad_norm, "lr": lr, "seconds": time.time() - began,
-        }, show=("loss", "accuracy"))
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "seconds": time.time() - began,
+        }
+        out.log(step + 1, metrics, show=("loss", "accuracy"))
         out.checkpoint(step + 1, model, tokenizer, optimizer)
 
     if cfg.center:
-        references = read_table(cfg.data_dir, "sft_train", ["query_token", "reference_response_token"], cfg.center_rows)
+        answered = ["query_token", "reference_response_token"]
+        references = read_table(cfg.data_dir, "sft_train", answered, cfg.center_rows)
         answers = [[r] for r in references["reference_response_token"]]
-        model.fold_offset(all_scores(references["query_token"], answers, "mean reward of the references").double().mean().item())
-    result = {"loss": loss}
+        rewards = all_scores(references["query_token"], answers, "mean reward of the references")
+        model.fold_offset(rewards.double().mean().item())
+    result = {"loss": out.last.get("loss")}
     for name in tables(cfg.data_dir, "pairs_validation"):
-        columns = ["query_token", "chosen_token", "rejected_token", "split", "batch", "confidence"]
-        table = read_table(cfg.data_dir, name, columns, cfg.eval_rows)
+        notes = [column for column in NOTES if has_column(cfg.data_dir, name, column)]
+        table = read_table(cfg.data_dir, name, [*columns, *notes], cfg.eval_rows)
         pairs = [list(pair) for pair in zip(table["chosen_token"], table["rejected_token"])]
-        prefix = "" if name == "pairs_validation" else name.removeprefix("pairs_") + "/"
         chosen, rejected = all_scores(table["query_token"], pairs, name).unbind(1)
-        result |= {prefix + key: value for key, value in accuracies(chosen, rejected, table).items()}
-        result |= {prefix + "chosen_rewards": chosen.mean().item(), prefix + "rejected_rewards": rejected.mean().item()}
+        measured = accuracies(chosen, rejected, table)
+        measured |= {"chosen_rewards": chosen.mean().item(), "rejected_rewards": rejected.mean().item()}
+        prefix = "" if name == "pairs_validation" else name.removeprefix("pairs_") + "/"
+        result |= {prefix + key: value for key, value in measured.items()}
     return out.finish(model, tokenizer, result)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

@@ -1,83 +1,68 @@
-"""Reddit TL;DR and OpenAI's human comparisons, as the N+ reproduction (arXiv 2403.17031) prepares them, as a prepared data directory.
+"""Reddit TL;DR and OpenAI's human comparisons as a prepared data directory.
 
-A prompt that is too long loses its post from the end: at the last newline, and where there is none one character at a time, until it
-fits. Responses are the tokens that follow the prompt in the tokenised joined text; they are never cut: what exceeds N+'s caps is counted.
-One difference: `<|endoftext|>` written out in a post or a summary is text, not the end of one.
-A source directory has tldr_3_filtered/{train,validation,test} and comparisons/{train,validation}, each .parquet or .jsonl.
+As "N+", The N+ Implementation Details of RLHF with PPO (arXiv 2403.17031), prepares them: see
+data/tldr_prompts.py. Responses are never cut: what exceeds N+'s caps is counted. One difference:
+`<|endoftext|>` written out in a post or a summary is text and counted; N+ reads it as the end (token 0). The
+CNN/DM batches batch0_cnndm and cnndm0 are the same 437 rows upstream: kept twice as in N+, once with
+--cnndm_once. A source directory has tldr_3_filtered/{train,validation,test} and
+comparisons/{train,validation}, each .parquet or .jsonl.
 
-    python data/tldr.py --out_dir=out/tldr/data
+    python data/tldr.py --out_dir=out/tldr
     python data/tldr.py --out_dir=out/sample/data --source=../shared/tldr --tokenizer=../shared/tokenizer.json
 """
 
 import hashlib
 import json
-import os
 import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rlhf.config import UserError, run  # noqa: E402
+from data.rows import CHUNK, EOS, load_tokenizer, read_rows, value  # noqa: E402
+from data.tldr_prompts import CNNDM, TLDR, Template, make_prompts, make_responses  # noqa: E402
+from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
+from rlhf.files import check_apart, check_data_dir, data_aside, move_data_in  # noqa: E402
 
-EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1 in every prepared data directory
 SFT_CAP = 53  # tokens of a response with EOS: the longest human summary, and the cap on generation
-CHUNK = 1024  # rows that are tokenised, and written as a row group, at a time
-HUB = {  # folder: data set on the hub, and its folder in the parquet branch that the hub makes of every data set
+HUB = {  # folder: data set on the hub, its folder in the parquet branch that the hub makes of every data set
     "tldr_3_filtered": ("vwxyzjn/summarize_from_feedback_tldr_3_filtered", "*"),
     "comparisons": ("openai/summarize_from_feedback", "comparisons"),
 }
-
-
-@dataclass(frozen=True)
-class Task:
-    template: str
-    field: str  # the part that is cut
-    limit: int  # tokens of the prompt
-    pair_cap: int  # tokens of a response of a pair, with EOS
-
-
-TLDR = Task("SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:", "post", 512, 169)
-CNNDM = Task("Article:\n{article}\n\nTL;DR:\n", "article", 2047 - 128, 155)
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
+SAME_BATCHES = ("batch0_cnndm", "cnndm0")  # upstream the same rows under two names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     # I/O
-    out_dir: str                                     # prepared data directory to write
-    overwrite: bool = False                          # write into a directory that is not empty; its tables are removed first
-    source: str = "hub"                              # "hub", or a directory with files of the same columns, see above
+    out_dir: str  # prepared data directory to write
+    overwrite: bool = False  # write into a directory that is not empty; its tables are removed first
+    source: str = "hub"  # "hub", or a directory with files of the same columns, see above
     tokenizer: str = "EleutherAI/pythia-1b-deduped"  # a tokenizer.json, a directory that has one, or a hub id
     # rows
-    max_prompt_tokens: int = 512                     # of a TL;DR prompt (a CNN/DM prompt has 1919)
-    limit: int = 0                                   # rows of each table, 0 = all
+    max_prompt_tokens: int = 512  # of a TL;DR prompt (a CNN/DM prompt has 1919)
+    limit: int = 0  # rows of each table, 0 = all
+    cnndm_once: bool = False  # count CNN/DM pairs that batch0_cnndm and cnndm0 both have once (N+: twice)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ source
+# --- source
+
+
 def find_files(source: str, folder: str, split: str) -> list[Path]:
     """The files of one split: one on the disk, or the shards that the hub has."""
     if source == "hub":
-        repo, config = HUB[folder]
-        pattern = f"{config}/{split}/*.parquet"
-        try:
-            root = snapshot_download(repo, repo_type="dataset", revision="refs/convert/parquet", allow_patterns=pattern)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot download {repo}: {error}".splitlines()[0] + "; --source=DIRECTORY reads files") from error
-        if files := sorted(Path(root).glob(pattern)):
-            return files
-        raise UserError(f"{repo} has no {pattern} in its branch refs/convert/parquet")
+        return hub_files(folder, split)
     if not Path(source).is_dir():
         raise UserError(f'--source {source}: neither "hub" nor a directory')
     for file in (Path(source) / folder / f"{split}{ending}" for ending in (".parquet", ".jsonl")):
@@ -86,255 +71,189 @@ def find_files(source: str, folder: str, split: str) -> list[Path]:
     raise UserError(f"--source {source}: no {folder}/{split}.parquet or .jsonl")
 
 
-def read_rows(files: list[Path], title: str) -> Iterator[dict]:
-    """Rows as dicts; `where` names the file and the row. `title` stands before the progress bar."""
-    for file in files:
-        number = 0
-        try:
-            with file.open("rb") as data:
-                if file.suffix == ".parquet":
-                    table = pq.ParquetFile(data)
-                    rows, total = (row for batch in table.iter_batches(CHUNK) for row in batch.to_pylist()), table.metadata.num_rows
-                else:
-                    rows, total = map(dict, map(json.loads, data)), None
-                for number, row in enumerate(tqdm(rows, title, total, unit=" rows", mininterval=1), 1):
-                    yield {**row, "where": f"{file}, row {number}"}
-        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file}, row {number + 1}: cannot be read: {error}") from error
-        if not number:
-            raise UserError(f"{file}: no rows")
+def hub_files(folder: str, split: str) -> list[Path]:
+    repo, config = HUB[folder]
+    pattern = f"{config}/{split}/*.parquet"
+    branch = "refs/convert/parquet"
+    try:
+        root = snapshot_download(repo, repo_type="dataset", revision=branch, allow_patterns=pattern)
+    except (OSError, ValueError) as error:
+        reason = f"cannot download {repo}: {error}".splitlines()[0]
+        raise UserError(f"{reason}; --source=DIRECTORY reads files") from error
+    if files := sorted(Path(root).glob(pattern)):
+        return files
+    raise UserError(f"{repo} has no {pattern} in its branch {branch}")
 
 
-def value(row: dict, column: str, kind: type):
-    """row["a"][0]["b"] for the column "a.0.b"."""
-    item = row
-    for key in column.split("."):
-        item = {str(i): x for i, x in enumerate(item)} if isinstance(item, list) else item
-        if not isinstance(item, dict) or key not in item:
-            raise UserError(f"{row['where']}: no column {column!r}")
-        item = item[key]
-    if not isinstance(item, kind):
-        raise UserError(f"{row['where']}: column {column!r} is {str(item)[:40]!r}, which is no {kind.__name__}")
-    return item
+def prompt_of(row: dict, prefix: str, template: Template) -> dict:
+    """What the template names must be there; an id need not (five rows of the batch edit_b2_eval_test have
+    none)."""
+    fields = {name: value(row, prefix + name, str) for name in re.findall(r"{(\w+)}", template.text)}
+    name = value(row, f"{prefix}id", str, "")
+    return {"id": name, "template": template, "fields": fields, "where": row["where"]}
 
 
-def prompt_of(row: dict, prefix: str, task: Task) -> dict:
-    fields = {name: value(row, prefix + name, str) for name in re.findall(r"{(\w+)}", task.template)}
-    return {"id": value(row, f"{prefix}id", str), "task": task, "fields": fields, "where": row["where"]}
+def sft_row(row: dict, template: Template) -> dict:
+    summary = " " + value(row, "summary", str)  # the pairs' texts have the space
+    return {**prompt_of(row, "", template), "reference_response": summary}
 
 
-def sft_row(row: dict, task: Task) -> dict:
-    return {**prompt_of(row, "", task), "reference_response": " " + value(row, "summary", str)}  # the pairs' texts have the space
-
-
-def pair_row(row: dict, task: Task) -> dict:
-    batch, choice, summaries = value(row, "batch", str), value(row, "choice", int), value(row, "summaries", list)
+def pair_row(row: dict, template: Template) -> dict:
+    """`batch` must be there, it decides the template. Site, worker, notes and the article of a Reddit post
+    are not read."""
+    batch = value(row, "batch", str)
+    choice = value(row, "choice", int)
+    summaries = value(row, "summaries", list)
     if choice not in (0, 1) or len(summaries) != 2:
-        raise UserError(f"{row['where']}: column 'choice' is {choice} of {len(summaries)} summaries, expected 0 or 1 of two")
-    unknown = value(row, "extra", dict).get("confidence") is None
+        raise UserError(f"{row['where']}: column 'choice' is {choice} of {len(summaries)} summaries, "
+                        "expected 0 or 1 of two")
     return {
-        **prompt_of(row, "info.", CNNDM if batch in CNNDM_BATCHES else task),
+        **prompt_of(row, "info.", CNNDM if batch in CNNDM_BATCHES else template),
         "chosen": value(row, f"summaries.{choice}.text", str),
         "rejected": value(row, f"summaries.{1 - choice}.text", str),
-        "chosen_policy": value(row, f"summaries.{choice}.policy", str),
-        "rejected_policy": value(row, f"summaries.{1 - choice}.policy", str),
+        "chosen_policy": value(row, f"summaries.{choice}.policy", str, ""),
+        "rejected_policy": value(row, f"summaries.{1 - choice}.policy", str, ""),
         "batch": batch,
-        "split": value(row, "split", str),
-        "confidence": -1 if unknown else value(row, "extra.confidence", int),
+        "split": value(row, "split", str, ""),
+        "confidence": value(row, "extra.confidence", int, -1),
     }
 
 
-# -------------------------------------------------------------------------------------------------------------------------- tokenising
-def load_tokenizer(name: str) -> tuple[Tokenizer, bytes]:
-    """The tokenizer, and its file."""
-    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
-    try:
-        data = (path if path.is_file() else Path(hf_hub_download(name, "tokenizer.json"))).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {name}: not a file, and no tokenizer.json on the hub: {error}".splitlines()[0]) from error
-    try:
-        tokenizer = Tokenizer.from_str(data.decode())
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"--tokenizer {name}: not a tokenizer.json ({error})") from error
-    for token, index in ((EOS, 0), (PAD, 1)):
-        if tokenizer.token_to_id(token) != index:
-            raise UserError(f"--tokenizer {name}: {token} must have id {index}, it has {tokenizer.token_to_id(token)}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # what people wrote is text
-    return tokenizer, data
+def select(rows: Iterable[dict], cnndm: bool | None, once: bool, counts: Counter) -> Iterator[dict]:
+    """Only CNN/DM rows, only others, or (None) all.
 
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-@cache
-def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Is it a byte-level BPE as GPT-2's and GPT-NeoX's, for which the argument in `most_that_can_fit` holds?"""
-    parts = json.loads(tokenizer.to_str())
-    split, added = parts["pre_tokenizer"] or {}, [token for token in parts["added_tokens"] if not token["special"]]
-    return (
-        (parts["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-        and split.get("type") == "ByteLevel"
-        and split.get("use_regex", True)
-        and not split["add_prefix_space"]
-        and parts["model"]["type"] == "BPE"
-        and not parts["model"]["dropout"]
-        and all(not token["content"].strip(" \n") for token in added)
-    )
-
-
-def most_that_can_fit(tokenizer: Tokenizer, task: Task, fields: dict[str, str]) -> int:
-    """A number of characters of the post of a prompt that is too long: no prompt that keeps more of it can fit.
-
-    The number of tokens may fall when text is added (" summa" may take more than " summary"), so bisection can miss the cut that the
-    recipe finds. What holds instead: let b be the place of a space or newline behind a visible ASCII character. A new piece begins at b
-    whatever follows, and nothing before b looks further than b: NFC joins neither character to the one before it, added tokens are runs
-    of blanks, and a regex match looks one character ahead. BPE works within a piece. So the tokens before b are the same in every
-    prompt that keeps b, at least one follows, and then those of "TL;DR:", which the newline in front of it splits off in the same way.
+    Counts and drops `ties`, pairs of two equal texts. N+ keeps them: they give no gradient, and count as
+    wrong in every accuracy. Counts as `repeated` the pairs that the other of SAME_BATCHES had before, and
+    drops them if `once`.
     """
-    (before, after), text = task.template.split(f"{{{task.field}}}"), task.template.format(**fields)
-    room = task.limit - len(encode(tokenizer, [after.lstrip("\n")])[0])  # for what is before b; with one token more the prompt is too long
-    if room < 1 or not splits_at_spaces(tokenizer):
-        return len(fields[task.field])
-    end = tokenizer.encode(text, add_special_tokens=False).offsets[room - 1][1]  # `room` tokens end here
-    place = re.compile(r"[!-~][ \n]").search(text, end)
-    return place.end() - 1 - len(before.format(**fields)) if place else len(fields[task.field])
+    seen = {}  # {content: the batch that had it first}
+    for row in rows:
+        if cnndm is not None and cnndm != (row["template"] is CNNDM):
+            continue
+        if "chosen" in row and row["chosen"] == row["rejected"]:
+            counts["ties"] += 1
+            continue
+        if row.get("batch") in SAME_BATCHES:
+            content = row["fields"]["article"], row["chosen"], row["rejected"]
+            again = seen.setdefault(content, row["batch"]) != row["batch"]
+            counts["repeated"] += again
+            if again and once:
+                continue
+        yield row
 
 
-def cut(post: str, most: int) -> str:
-    """The recipe's step, taken again while more than `most` characters are left: such a post cannot fit, and needs no encoding."""
-    while True:
-        post = post[: post.rindex("\n") if "\n" in post else -1]
-        if len(post) <= most or not post:
-            return post
+# --- tables
 
 
-def make_prompts(tokenizer: Tokenizer, rows: list[dict]) -> tuple[list[str], list[list[int]], list[int]]:
-    """Prompts as text, as tokens, and the characters that each lost. Prompts that are too long are cut side by side, one batch a step."""
-    tasks, fields = [row["task"] for row in rows], [dict(row["fields"]) for row in rows]
-    ids = encode(tokenizer, [task.template.format(**f) for task, f in zip(tasks, fields)])
-    too_long = [i for i, task in enumerate(tasks) if len(ids[i]) > task.limit]
-    most = {i: most_that_can_fit(tokenizer, tasks[i], fields[i]) for i in too_long}
-    while too_long:
-        for i in too_long:
-            name, limit = tasks[i].field, tasks[i].limit
-            if not fields[i][name]:
-                raise UserError(f"{rows[i]['where']}: column {name!r} is cut to nothing, and still the prompt has more than {limit} tokens")
-            fields[i][name] = cut(fields[i][name], most[i])
-        for i, tokens in zip(too_long, encode(tokenizer, [tasks[i].template.format(**fields[i]) for i in too_long])):
-            ids[i] = tokens
-        too_long = [i for i in too_long if len(ids[i]) > tasks[i].limit]
-    texts = tokenizer.decode_batch(ids)
-    queries = [text.strip() for text in texts]
-    changed = [i for i, query in enumerate(queries) if query != texts[i]]  # CNN/DM: what N+ joins to a response has no newline at its end
-    for i, tokens in zip(changed, encode(tokenizer, [queries[i] for i in changed])):
-        ids[i] = tokens
-    return queries, ids, [len(row["fields"][task.field]) - len(f[task.field]) for row, task, f in zip(rows, tasks, fields)]
-
-
-def make_responses(
-    tokenizer: Tokenizer, queries: list[str], query_tokens: list[list[int]], texts: list[str]
-) -> tuple[list[list[int]], int]:
-    """Tokens behind those of the prompt in the joined text, and EOS. Where joining changes the prompt's own tokens (the number of such
-    rows is returned) the response is tokenised alone."""
-    joined = encode(tokenizer, [query + text for query, text in zip(queries, texts)])
-    apart = {i for i, (q, j) in enumerate(zip(query_tokens, joined)) if j[: len(q)] != q}
-    tokens = [encode(tokenizer, [texts[i]])[0] if i in apart else j[len(query_tokens[i]) :] for i, j in enumerate(joined)]
-    return [t + [tokenizer.token_to_id(EOS)] for t in tokens], len(apart)
-
-
-# -------------------------------------------------------------------------------------------------------------------------------- tables
 def add_tokens(tokenizer: Tokenizer, rows: list[dict], counts: Counter) -> list[dict]:
     """Rows of a table. `counts`: what a reader of the numbers should know of them."""
     queries, query_tokens, lost = make_prompts(tokenizer, rows)
-    table = [{"id": row["id"], "query": query, "query_token": tokens} for row, query, tokens in zip(rows, queries, query_tokens)]
+    table = [
+        {"id": row["id"], "query": query, "query_token": tokens}
+        for row, query, tokens in zip(rows, queries, query_tokens)
+    ]
+    whole = [len(row["fields"][row["template"].field]) for row in rows]
     counts["rows"] += len(rows)
     counts["prompts_cut"] += sum(map(bool, lost))
-    counts["posts_cut_to_nothing"] += sum(n > 0 and n == len(row["fields"][row["task"].field]) for n, row in zip(lost, rows))
+    counts["posts_cut_to_nothing"] += sum(0 < n == length for n, length in zip(lost, whole))
     counts["longest_prompt"] = max(counts["longest_prompt"], *map(len, query_tokens))
-    for name in [name for name in ("reference_response", "chosen", "rejected") if name in rows[0]]:
+    responses = [name for name in ("reference_response", "chosen", "rejected") if name in rows[0]]
+    texts = [query + "".join(row[name] for name in responses) for row, query in zip(rows, queries)]
+    counts["eos_in_text"] += sum(EOS in text for text in texts)
+    for name in responses:
         tokens, apart = make_responses(tokenizer, queries, query_tokens, [row[name] for row in rows])
-        caps = [SFT_CAP if name == "reference_response" else row["task"].pair_cap for row in rows]
+        caps = [SFT_CAP if name == "reference_response" else row["template"].pair_cap for row in rows]
         counts["tokenised_apart"] += apart
         counts["responses_over_cap"] += sum(len(t) > cap for t, cap in zip(tokens, caps))
         counts["longest_response"] = max(counts["longest_response"], *map(len, tokens))
         for out, row, t in zip(table, rows, tokens):
             out |= {name: row[name], f"{name}_token": t}
-    rest = ("chosen_policy", "rejected_policy", "batch", "split", "confidence") if "chosen" in rows[0] else ()
+    if "chosen" not in rows[0]:
+        return table
+    rest = ("chosen_policy", "rejected_policy", "batch", "split", "confidence")
     return [out | {name: row[name] for name in rest} for out, row in zip(table, rows)]
 
 
 def write_table(path: Path, rows: Iterable[dict], tokenizer: Tokenizer) -> Counter:
-    """Row groups of CHUNK rows; the file has its name when it is complete. No rows, no file."""
-    counts, rows, temporary, writer = Counter(), iter(rows), path.with_suffix(".tmp"), None
+    """Row groups of CHUNK rows. No rows, no file."""
+    counts = Counter()
+    rows = iter(rows)
+    writer = None
     try:
         while chunk := list(islice(rows, CHUNK)):
             table = add_tokens(tokenizer, chunk, counts)
             kinds = {list: pa.list_(pa.int32()), int: pa.int32(), str: pa.string()}
             schema = pa.schema([(name, kinds[type(item)]) for name, item in table[0].items()])
-            writer = writer or pq.ParquetWriter(temporary, schema)
+            writer = writer or pq.ParquetWriter(path, schema)
             writer.write_table(pa.Table.from_pylist(table, schema))
     finally:
         if writer:
             writer.close()
-    if writer:
-        os.replace(temporary, path)
     return counts
 
 
-def write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+PLAN = [  # table, folder, split, what makes a row, only CNN/DM rows (True), only others (False), all (None)
+    ("sft_train", "tldr_3_filtered", "train", sft_row, None),
+    ("sft_validation", "tldr_3_filtered", "validation", sft_row, None),
+    ("sft_test", "tldr_3_filtered", "test", sft_row, None),
+    ("pairs_train", "comparisons", "train", pair_row, None),
+    ("pairs_validation", "comparisons", "validation", pair_row, False),
+    ("pairs_validation_cnndm", "comparisons", "validation", pair_row, True),
+]
 
 
-def select(rows: Iterable[dict], cnndm: bool | None, ties: list[str]) -> Iterator[dict]:
-    """Only CNN/DM rows, only others, or (None) all. Pairs of two equal texts are dropped and their ids put into `ties`.
-
-    N+ keeps them: they give no gradient, and count as wrong in every accuracy.
-    """
-    for row in rows:
-        if cnndm is not None and cnndm != (row["task"] is CNNDM):
-            continue
-        if "chosen" in row and row["chosen"] == row["rejected"]:
-            ties.append(row["id"])
-        else:
-            yield row
+def check_rows(files: dict[str, list[Path]]) -> None:
+    """A bad row is named before anything is tokenised, not after hours."""
+    for name, _, _, make_row, cnndm in PLAN:
+        if not cnndm:  # the last table reads the files of the one before
+            for row in read_rows(files[name], f"checking {name}"):
+                make_row(row, TLDR)
 
 
-def main(cfg: Config) -> None:
-    start, out, task = time.time(), Path(cfg.out_dir), replace(TLDR, limit=cfg.max_prompt_tokens)
-    if cfg.limit < 0 or cfg.max_prompt_tokens < 1:
-        raise UserError(f"--limit must be at least 0 and --max_prompt_tokens at least 1, not {cfg.limit} and {cfg.max_prompt_tokens}")
-    if out.is_dir() and any(out.iterdir()) and not cfg.overwrite:
-        raise UserError(f"--out_dir {out} is not empty; use another one, or --overwrite")
-    plan = [(f"sft_{split}", "tldr_3_filtered", split, sft_row, None) for split in ("train", "validation", "test")]
-    plan += [("pairs_train", "comparisons", "train", pair_row, None), ("pairs_validation", "comparisons", "validation", pair_row, False)]
-    plan += [("pairs_validation_cnndm", "comparisons", "validation", pair_row, True)]
-    files = {name: find_files(cfg.source, folder, split) for name, folder, split, _, _ in plan}
-    tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    for old in [path for kind in ("meta.json", "sft_*.parquet", "pairs_*.parquet", "rankings_*.parquet") for path in out.glob(kind)]:
-        old.unlink()  # a directory without meta.json is unfinished, and no table of another run stays
-
+def write_tables(
+    cfg: Config, files: dict[str, list[Path]], folder: Path, tokenizer: Tokenizer,
+) -> dict[str, dict[str, int]]:
+    """{table: what was counted of it}."""
+    template = replace(TLDR, limit=cfg.max_prompt_tokens)
     tables = {}
-    for name, _, _, make_row, cnndm in plan:
-        ties: list[str] = []
+    for name, _, _, make_row, cnndm in PLAN:
+        selected = Counter(dict.fromkeys(("ties", "repeated"), 0)) if make_row is pair_row else Counter()
         source = read_rows(files[name], name)
-        rows = select(map(partial(make_row, task=task), source), cnndm, ties)
-        counts = write_table(out / f"{name}.parquet", islice(rows, cfg.limit or None), tokenizer)
+        rows = select(map(partial(make_row, template=template), source), cnndm, cfg.cnndm_once, selected)
+        counts = write_table(folder / f"{name}.parquet", islice(rows, cfg.limit or None), tokenizer)
         source.close()  # with --limit it is not at its end
         if counts["rows"]:
-            tables[name] = {**counts, **({"ties": len(ties)} if make_row is pair_row else {})}
+            tables[name] = {**counts, **selected}
             print(f"{name:24}", ", ".join(f"{key} {number}" for key, number in tables[name].items()))
         else:
             print(f"{name:24} no rows, no table")
-    over, equal = (sum(counts.get(key, 0) for counts in tables.values()) for key in ("responses_over_cap", "ties"))
-    print(f"{over} responses are longer than N+'s caps ({SFT_CAP} sft, {TLDR.pair_cap} pairs, {CNNDM.pair_cap} CNN/DM): kept whole")
+    return tables
+
+
+def print_counts(tables: dict[str, dict[str, int]], cnndm_once: bool) -> None:
+    kinds = ("responses_over_cap", "ties", "eos_in_text", "repeated")
+    over, equal, written, repeated = (sum(counts.get(key, 0) for counts in tables.values()) for key in kinds)
+    print(f"{over} responses are longer than N+'s caps ({SFT_CAP} sft, {TLDR.pair_cap} pairs, "
+          f"{CNNDM.pair_cap} CNN/DM): kept whole")
     print(f"{equal} pairs of two equal texts: dropped (N+ keeps them)")
-    write(out / "tokenizer.json", tokenizer_file)
+    print(f"{written} rows with {EOS} in a text: kept as text (N+ reads token 0, the end)")
+    kept = "dropped" if cnndm_once else "kept, as in N+; --cnndm_once drops them"
+    print(f"{repeated} pairs in both of the CNN/DM batches {' and '.join(SAME_BATCHES)}: {kept}")
+
+
+def main(cfg: Config) -> None:
+    start = time.time()
+    out = Path(cfg.out_dir)
+    check_ranges(cfg)
+    check_apart(cfg.out_dir, *(path for path in (cfg.source, cfg.tokenizer) if Path(path).exists()))
+    check_data_dir(out, "tldr", cfg.overwrite)
+    files = {name: find_files(cfg.source, where, split) for name, where, split, _, _ in PLAN}
+    tokenizer, tokenizer_file = load_tokenizer(cfg.tokenizer)
+    check_rows(files)
+    aside = data_aside(out)
+    tables = write_tables(cfg, files, aside, tokenizer)
+    print_counts(tables, cfg.cnndm_once)
+    (aside / "tokenizer.json").write_bytes(tokenizer_file)
     result = {
         "world": "tldr",
         "response_tokens": SFT_CAP,
@@ -345,9 +264,10 @@ def main(cfg: Config) -> None:
         "source": cfg.source,
         "tables": tables,
     }
-    write(out / "meta.json", json.dumps(result, indent=2).encode())
+    (aside / "meta.json").write_text(json.dumps(result, indent=2))
+    move_data_in(out)
     print(json.dumps({**result, "seconds": round(time.time() - start, 1)}))
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

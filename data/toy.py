@@ -10,7 +10,6 @@ gives the same files. The tokenizer (byte-level BPE, one token per word) is the 
 
 import hashlib
 import json
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -38,7 +37,8 @@ from data.toy_world import (  # noqa: E402
     utility,
     write_summary,
 )
-from rlhf.config import UserError, run  # noqa: E402
+from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
+from rlhf.files import check_data_dir, data_aside, move_data_in  # noqa: E402
 from rlhf.model import NeoXConfig  # noqa: E402
 from rlhf.pretrained import save_tokenizer  # noqa: E402
 
@@ -158,12 +158,6 @@ def add_tokens(rows: list[dict], tokenizer: Tokenizer) -> None:
 
 
 # --- files
-def write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_parquet(path: Path, rows: list[dict]) -> None:
     ids, numbers = pa.list_(pa.int32()), pa.list_(pa.float64())
     types = {"responses": pa.list_(pa.string()), "responses_token": pa.list_(ids), "confidence": pa.int32()}
@@ -176,9 +170,7 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
         return parts if key.endswith("_parts") else types.get(key, pa.string())
 
     schema = pa.schema([(key, type_of(key)) for key in rows[0]])
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-    os.replace(temporary, path)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path)
 
 
 def write_base(folder: Path, size: str, tokenizer: Tokenizer) -> None:
@@ -198,7 +190,8 @@ def write_base(folder: Path, size: str, tokenizer: Tokenizer) -> None:
         tie_word_embeddings=True,
         initializer_range=0.08,
     )
-    write(folder / "config.json", json.dumps({"architectures": ["GPTNeoXForCausalLM"], **config.to_dict()}, indent=2))
+    described = {"architectures": ["GPTNeoXForCausalLM"], **config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(described, indent=2))
     save_tokenizer(tokenizer, folder, config.max_position_embeddings)
 
 
@@ -262,19 +255,15 @@ def show_check(numbers: dict) -> None:
 
 
 def main(cfg: Config) -> None:
+    check_ranges(cfg)
     if cfg.check:
         show_check(check(cfg.seed))
         return
     if not cfg.out_dir:
-        raise UserError("--out_dir is missing: where to write the data (or --check, to print the world's numbers only)")
-    for name in ("posts", "pairs", "rankings", "validation", "test"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+        raise UserError("--out_dir is missing: where to write the data (or --check: print the numbers, write nothing)")
     out = Path(cfg.out_dir)
-    if out.is_dir() and any(out.iterdir()) and not cfg.overwrite:
-        raise UserError(f"--out_dir {out} is not empty; use another one, or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)  # written last: a directory without it is unfinished
+    check_data_dir(out, "toy", cfg.overwrite)
+    aside = data_aside(out)
 
     tokenizer, seen = train_tokenizer(), set()
     files = {
@@ -290,9 +279,9 @@ def main(cfg: Config) -> None:
         add_tokens(rows, tokenizer)
         for row in rows if file.startswith("pairs_") else []:
             row["split"] = file.removeprefix("pairs_")
-        write_parquet(out / f"{file}.parquet", rows)
-    write(out / "tokenizer.json", tokenizer.to_str(pretty=True))
-    write_base(out / "base", cfg.size, tokenizer)
+        write_parquet(aside / f"{file}.parquet", rows)
+    (aside / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+    write_base(aside / "base", cfg.size, tokenizer)
 
     result = {
         "world": "toy",
@@ -302,11 +291,12 @@ def main(cfg: Config) -> None:
         "prompt_tokens": max(len(row["query_token"]) for rows in data.values() for row in rows),
         "response_tokens": RESPONSE_TOKENS,
         "splits": {file: len(rows) for file, rows in data.items()},
-        "tokenizer": hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer": hashlib.sha256((aside / "tokenizer.json").read_bytes()).hexdigest(),
         **sft_statistics(data["sft_train"]),
         **pair_statistics(data["pairs_train"]),
     }
-    write(out / "meta.json", json.dumps(result, indent=2))
+    (aside / "meta.json").write_text(json.dumps(result, indent=2))
+    move_data_in(out)
 
     row = data["pairs_train"][0]
     print(f"{row['query']}\n\nchosen:  {row['chosen']}\nrejected:{row['rejected']}\nfacts:   {row['facts']}\n")
@@ -316,4 +306,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    command_line(main, Config)

@@ -1,32 +1,21 @@
-"""What every script needs around its algorithm: device and seed, optimizer and schedule, checkpoints, the run's directory and log."""
+"""What every script needs around its algorithm: device and seed, precision, optimizer and schedule, timer."""
 
 import ctypes
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
-from tqdm import tqdm
 
 from rlhf.config import RunError, UserError
-from rlhf.logprobs import product_dtype
 from rlhf.model import NeoX
-from rlhf.pretrained import load_weights, read_json, save_pretrained
-
-MAY_CHANGE = {"out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile", "gradient_checkpointing"}
 
 
 def setup(seed: int, device: str) -> torch.device:
-    """Seeds torch, picks the device ("auto": cuda if there is one), sets up what makes it fast. The only place that decides these things."""
+    """Seeds torch, picks the device ("auto": cuda if there is one) and sets up what makes it fast.
+
+    Raises UserError for a device that torch does not have.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -43,7 +32,10 @@ def setup(seed: int, device: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to reuse freed buffers instead of unmapping them: faulting fresh pages in costs more than the arithmetic on them."""
+    """Tells glibc to reuse freed buffers instead of unmapping them.
+
+    To map fresh pages costs more time than the arithmetic on them.
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
@@ -52,37 +44,36 @@ def keep_freed_memory() -> None:
         pass
 
 
-def autocast(device: torch.device, dtype: str):
-    """Matrix products in bfloat16 (weights, reductions and losses stay float32) or nothing. dtype "auto": bfloat16 on CUDA, float32 on the CPU."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+def frozen(model: NeoX) -> NeoX:
+    """The model, in place, for inference only: its matrices are kept in `matmul_dtype`.
 
-
-def frozen(model: NeoX, device: torch.device, dtype: str) -> NeoX:
-    """For inference only. Where matrix products run in bfloat16 its matrices are kept in it: half the memory, and no cast of all weights at every forward;
-    the numbers are the same. Embedding, norms and a reward head stay float32, as under autocast."""
+    In bfloat16 that halves the memory and saves the cast of all weights at every forward; the numbers are the
+    same. Embedding, norms and a reward head stay float32, as under autocast.
+    """
     model.eval().requires_grad_(False)
-    with autocast(device, dtype):
-        kind = product_dtype(device)
+    embedding = model.gpt_neox.embed_in.weight
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "score" and module.weight is not model.gpt_neox.embed_in.weight:
-            module.to(kind)
+        if isinstance(module, nn.Linear) and name != "score" and module.weight is not embedding:
+            module.to(model.matmul_dtype)
     return model
 
 
 def adamw(model: nn.Module, lr: float, *, eps: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with torch's betas, on all parameters alike, as N+ does (recipe 2)."""
+    """AdamW on all parameters alike, with torch's betas (github vwxyzjn/summarize_from_feedback_details)."""
     return torch.optim.AdamW(model.parameters(), lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float) -> float:
-    """Learning rate of update `step` of `total`: linear warm-up over the share `warmup`, then "cosine" or "linear" to 0, or "constant"."""
+    """Learning rate of update `step` of `total`.
+
+    Linear warm-up over the share `warmup` of all updates, then "cosine" or "linear" to 0, or "constant".
+    """
     warm = round(warmup * total)
     if step < warm:
         return peak * (step + 1) / warm
     done = (step - warm) / max(1, total - warm)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return peak * decay[schedule]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -90,21 +81,30 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float, step: int) -> float:
-    """Clips (0 = only measures), checks, steps, clears; returns the gradient norm before clipping. A non-finite loss or gradient ends the run."""
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float, step: int,
+) -> float:
+    """Clips the gradient (0: does not), updates the weights, clears the gradient; returns its unclipped norm.
+
+    Raises RunError, before the update, if the loss or the norm is not finite.
+    """
     if max_grad_norm:
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     else:
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     if not math.isfinite(norm) or not math.isfinite(loss):
-        raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not updated; lower --lr or resume an earlier checkpoint")
+        raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not "
+                       "updated; lower --lr or resume an earlier checkpoint")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 class Timer:
-    """Seconds spent in each named phase. On CUDA measured by events in the queue, so that a lap does not wait for the device; reading does."""
+    """Seconds spent in each named phase.
+
+    On CUDA they are measured by events in the queue: `lap` does not wait for the device, `seconds` does.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -123,139 +123,23 @@ class Timer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        if self.device.type == "cuda":
+        cuda = self.device.type == "cuda"
+        if cuda:
             torch.cuda.synchronize(self.device)
         out: dict[str, float] = {}
         for (_, began), (phase, ended) in zip(self.laps, self.laps[1:]):
-            out[phase] = out.get(phase, 0.0) + (began.elapsed_time(ended) / 1e3 if self.device.type == "cuda" else ended - began)
+            spent = began.elapsed_time(ended) / 1e3 if cuda else ended - began
+            out[phase] = out.get(phase, 0.0) + spent
         return out
 
+    def metrics(self, tokens: int, **passes: int) -> dict[str, float]:
+        """seconds/<phase>, their sum as seconds, and tokens_per_second/<phase> for the phases in `passes`.
 
-class Run:
-    """A run directory: run.json (the configuration and what it ran on), metrics.jsonl, ckpt/step_*/, and at the end the model and result.json.
-
-    The final model lies in the directory itself, so `--model=<out_dir>` and transformers' from_pretrained both take a run as it is
-    (config.json is the model's; the run's own settings are in run.json).
-    """
-
-    def __init__(self, config, steps: int):
-        self.out, self.steps, self.config = Path(config.out_dir), steps, config
-        self.start, self.began, self.bar = 0, time.time(), None
-        self.finished = (self.out / "result.json").exists()
-        if self.out.exists() and any(self.out.iterdir()):
-            if not (self.out / "run.json").exists():
-                raise UserError(f"{self.out} is not empty and holds no run.json, so it is not a run of ours: choose another --out_dir")
-            if config.overwrite:
-                self.finished = False
-            elif config.resume:
-                self.check_same(config)
-            else:
-                raise UserError(f"{self.out} exists: continue it with --resume, replace it with --overwrite, or choose another --out_dir")
-
-    def check_same(self, config) -> None:
-        old = read_json(self.out / "run.json")["config"]
-        changed = [f"--{k} was {old[k]!r}, is {v!r}" for k, v in asdict(config).items() if k in old and old[k] != v and k not in MAY_CHANGE]
-        if changed:
-            raise UserError(f"--resume of {self.out} with other settings: {'; '.join(changed)}")
-
-    @staticmethod
-    def describe(config) -> dict:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}"
-        return {"command": " ".join(sys.argv), "config": asdict(config), "commit": git.stdout.strip() or None, "torch": torch.__version__,
-                "device": device, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-
-    def begin(self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None) -> int:
-        """Now that data and models are known to be good, touches the directory: empties it (--overwrite) or restores its newest checkpoint (--resume),
-        writes run.json, and returns the step to go on from."""
-        if self.config.overwrite and self.out.exists():
-            shutil.rmtree(self.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "run.json").write_text(json.dumps(self.describe(self.config), indent=2) + "\n")
-        checkpoints = sorted((self.out / "ckpt").glob("step_*"))
-        if not self.config.resume:
-            return 0
-        if not checkpoints:
-            (self.out / "metrics.jsonl").unlink(missing_ok=True)  # lines of an attempt that ended before its first checkpoint
-            print(f"{self.out}: no checkpoint to resume, starting at step 0")
-            return 0
-        newest = checkpoints[-1]
-        load_weights(model, newest)
-        try:
-            state = torch.load(newest / "trainer.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever zip and pickle raise
-            raise UserError(f"{newest}/trainer.pt: not readable ({error}); remove that folder to resume the checkpoint before it") from error
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if generator is not None:
-            try:
-                generator.set_state(state["generator"])
-            except RuntimeError as error:  # a CPU's and a GPU's generators have nothing in common
-                raise UserError(f"{newest} was written on another kind of device: its samples cannot be continued on {generator.device}") from error
-        self.start = state["step"]
-        metrics = self.out / "metrics.jsonl"
-        if metrics.exists():  # lines after the checkpoint will be written again
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.start]
-            metrics.write_text("".join(line + "\n" for line in lines))
-        print(f"resuming {self.out} at step {self.start} of {self.steps}")
-        return self.start
-
-    def log(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
-        """Appends one line to metrics.jsonl; `show` names what the progress bar tells."""
-        if self.bar is None:
-            live = sys.stderr.isatty()
-            self.bar = tqdm(total=self.steps, initial=self.start, desc=str(self.out), mininterval=0.5 if live else 15, dynamic_ncols=live)
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.bar.set_postfix({k.split("/")[-1]: f"{metrics[k]:.3g}" for k in show if k in metrics}, refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def checkpoint(self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
-                   generator: torch.Generator | None = None) -> None:
-        """Every --save_every steps: ckpt/step_N, a Hugging Face directory and trainer.pt, written aside and renamed; then old ones go (--keep)."""
-        if not self.config.save_every or step % self.config.save_every:
-            return
-        final, aside = self.out / "ckpt" / f"step_{step:08d}", self.out / "ckpt" / "writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        save_pretrained(model, tokenizer, aside)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-        if generator is not None:
-            state["generator"] = generator.get_state()
-        torch.save(state, aside / "trainer.pt")
-        sync(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        kept = sorted((self.out / "ckpt").glob("step_*"))
-        for old in kept[:-1]:
-            (old / "trainer.pt").unlink(missing_ok=True)  # two thirds of the bytes, and only the newest can be needed
-        for old in kept[: -self.config.keep] if self.config.keep else []:
-            shutil.rmtree(old)
-
-    def finish(self, model: NeoX, tokenizer: Tokenizer, result: dict) -> dict:
-        """Saves the final model and result.json, prints the result as the last line of stdout."""
-        if self.bar is not None:
-            self.bar.close()
-        aside = self.out / "writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        save_pretrained(model, tokenizer, aside)
-        sync(aside)
-        for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):  # config.json last: a directory without it is not a model
-            file.replace(self.out / file.name)
-        aside.rmdir()
-        result = {**result, "out_dir": str(self.out), "seconds": round(time.time() - self.began, 1)}
-        (self.out / "result.json").write_text(json.dumps(result) + "\n")
-        print(json.dumps(result))
-        return result
-
-    def earlier_result(self) -> dict:
-        print(f"{self.out}: finished already")
-        result = read_json(self.out / "result.json")
-        print(json.dumps(result))
-        return result
-
-
-def sync(directory: Path) -> None:
-    """Makes sure the bytes are on disk before the rename says so."""
-    for file in directory.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+        passes: phase=how often it went over these `tokens` response tokens.
+        """
+        seconds = self.seconds
+        return {
+            **{f"seconds/{phase}": spent for phase, spent in seconds.items()},
+            "seconds": sum(seconds.values()),
+            **{f"tokens_per_second/{phase}": n * tokens / seconds[phase] for phase, n in passes.items()},
+        }

@@ -1,9 +1,11 @@
-"""Prepared data (written by data/tldr.py or data/toy.py) -> tables and batches. A data directory holds parquet tables, meta.json, tokenizer.json."""
+"""Prepared data (written by data/tldr.py or data/toy.py) -> tables and batches. A data directory holds
+parquet tables, meta.json and tokenizer.json."""
 
-import hashlib
-import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer
@@ -15,53 +17,84 @@ from rlhf.pretrained import read_json, read_tokenizer
 def read_meta(data_dir: str) -> dict:
     path = Path(data_dir) / "meta.json"
     if not path.exists():
-        raise UserError(f"{data_dir}: no prepared data there (no meta.json). Make it with data/toy.py or data/tldr.py --out_dir={data_dir}")
-    return read_json(path)
+        raise UserError(f"{data_dir}: no prepared data there (no meta.json). Make it with data/toy.py or "
+                        f"data/tldr.py --out_dir={data_dir}")
+    meta = read_json(path)
+    tokens = meta.get("response_tokens")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise UserError(f"{path}: response_tokens is {tokens!r}, no number of tokens; prepare the data again")
+    return meta
 
 
 def read_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> dict[str, list]:
-    """Columns of `<data_dir>/<name>.parquet` as lists; limit 0 = all rows. Raises UserError for a missing file or column and for an empty table."""
+    """Columns of `<data_dir>/<name>.parquet` as lists; limit 0 = all rows. Raises UserError for a missing
+    file or column and for an empty table."""
+    table = open_table(data_dir, name, columns, limit)
+    return {c: table[c].to_pylist() for c in columns}
+
+
+def open_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> pa.Table:
+    """What `read_table` reads, before it becomes lists."""
     path = Path(data_dir) / f"{name}.parquet"
     if not path.exists():
         have = ", ".join(sorted(p.stem for p in Path(data_dir).glob("*.parquet"))) or "none"
         raise UserError(f"{path}: no such table (tables there: {have})")
+    there = column_names(data_dir, name)
+    if missing := [c for c in columns if c not in there]:
+        raise UserError(f"{path}: no column {', '.join(missing)} (columns there: {', '.join(there)})")
     try:
-        schema = pq.read_schema(path)
-        if missing := [c for c in columns if c not in schema.names]:
-            raise UserError(f"{path}: no column {', '.join(missing)} (columns there: {', '.join(schema.names)})")
         table = pq.read_table(path, columns=columns)
-    except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, a truncated file an OSError
-        raise UserError(f"{path}: not a readable parquet file ({error})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a readable parquet file ({error})") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(path, error) from error
     table = table.slice(0, limit) if limit else table
     if not len(table):
         raise UserError(f"{path}: the table is empty")
-    return {c: table[c].to_pylist() for c in columns}
+    return table
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable parquet file ({error})")
+
+
+def column_names(data_dir: str, name: str) -> list[str]:
+    """Of a table; none if there is no such table."""
+    path = Path(data_dir) / f"{name}.parquet"
+    if not path.exists():
+        return []
+    try:
+        return pq.read_schema(path).names
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(path, error) from error
 
 
 def has_column(data_dir: str, name: str, column: str) -> bool:
-    return column in pq.read_schema(Path(data_dir) / f"{name}.parquet").names
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Identifies what a tokenizer does with ids: sha256 over its vocabulary, added tokens included."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+    return column in column_names(data_dir, name)
 
 
 def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
-    """Raises UserError if the data was prepared with another tokenizer than the model's, or has ids that the model has no row for."""
-    prepared = read_tokenizer(Path(data_dir) / "tokenizer.json")
-    if fingerprint(prepared) != fingerprint(tokenizer):
-        raise UserError(f"the tokenizer of {model} is not the one that {data_dir} was prepared with: prepare the data again with --tokenizer={model}")
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise UserError(f"{model}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's embedding only {vocab_size} rows")
+    """Raises UserError unless every token of the prepared data has the same id in the model's tokenizer, and
+    a row in its embedding. The model may know more tokens: published models differ by an added [PAD]."""
+    prepared = read_tokenizer(Path(data_dir) / "tokenizer.json").get_vocab()  # {token: id}
+    own = tokenizer.get_vocab()
+    if other := sorted((i, token) for token, i in prepared.items() if own.get(token) != i):
+        i, token = other[0]
+        raise UserError(
+            f"the tokenizer of {model} is not the one that {data_dir} was prepared with: "
+            f"{len(other)} tokens differ, the first is {token!r}, {i} in the data and "
+            f"{own.get(token, 'unknown')} in the model; prepare the data again with --tokenizer={model}"
+        )
+    if (last := max(prepared.values())) >= vocab_size:
+        raise UserError(
+            f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows"
+        )
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Rows of batch number `step`: the stream of seeded permutations of range(n), one per epoch, cut into batches.
+    """Rows of batch number `step`: the stream of seeded permutations of range(n), one per epoch, cut into
+    batches.
 
-    A pure function of `step`: the place in the data needs no state, so a resumed run sees what an uninterrupted one would have seen.
+    A pure function of `step`: the place in the data needs no state, so a resumed run sees what an
+    uninterrupted one would have seen.
     """
     first, rows = step * batch_size, []
     while len(rows) < batch_size:
@@ -76,8 +109,110 @@ def tables(data_dir: str, prefix: str) -> list[str]:
     return sorted(p.stem for p in Path(data_dir).glob(f"{prefix}*.parquet"))
 
 
-def check_distinct(data_dir: str, name: str, table: dict[str, list]) -> None:
-    """Raises UserError if a pair's chosen response equals its rejected one: such a pair teaches nothing and hides a fault in the data."""
-    equal = [i for i, (c, r) in enumerate(zip(table["chosen_token"], table["rejected_token"])) if c == r]
-    if equal:
-        raise UserError(f"{data_dir}/{name}.parquet: chosen equals rejected in {len(equal)} rows, the first is row {equal[0]}; drop them")
+# --- a look at every table that a run will read, before its first step
+
+TOKENS = ("query_token", "reference_response_token", "chosen_token", "rejected_token", "responses_token")
+TEXTS = ("id", "query", "reference_response", "chosen", "rejected", "facts", "batch", "split")
+RESPONSES = {  # by the first word of a table's name
+    "sft": ("reference_response_token",),
+    "pairs": ("chosen_token", "rejected_token"),
+    "rankings": ("responses_token",),
+}
+
+
+def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> None:
+    """Raises UserError, naming table and row, for what would end a run at the step that meets it: a null,
+    another type, an id that a model has no embedding for, a response without tokens, a row beyond the
+    context, a pair of two equal responses.
+
+    Without models only the types are known. A use is (table, rows, new): of its first `rows` (0 = all) the prompts, with `new` tokens to be sampled or
+    (0) the responses they have.
+    """
+    vocabulary = min((model.config.vocab_size for model in models), default=2**31)
+    context = min((model.config.max_position_embeddings for model in models), default=2**31)
+    for name, rows, new in uses:
+        path = Path(data_dir) / f"{name}.parquet"
+        columns = ("query_token", *(() if new else RESPONSES.get(name.split("_")[0], ())))
+        there = column_names(data_dir, name)
+        texts = [column for column in TEXTS if column in there]
+        table = open_table(data_dir, name, [*columns, *texts], rows)
+        for column in texts:
+            check_texts(path, column, table[column].combine_chunks())
+        tokens = {column: table[column].combine_chunks() for column in columns}
+        longest = {column: check_ids(path, column, ids, vocabulary) for column, ids in tokens.items()}
+        prompts = longest.pop("query_token")
+        responses = np.maximum.reduce([*longest.values(), np.full_like(prompts, new)])
+        if len(long := np.flatnonzero(prompts + responses > context)):
+            i = long[0]
+            raise UserError(
+                f"{path}: row {i} is longer than the model's context ({context}): {prompts[i]} tokens of "
+                f"prompt and {responses[i]} of response; {len(long)} such rows: drop them, or prepare the "
+                "data with shorter prompts"
+            )
+        if "chosen_token" in tokens:
+            check_distinct(path, tokens["chosen_token"], tokens["rejected_token"])
+
+
+def check_texts(path: Path, column: str, texts: pa.Array) -> None:
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+        raise UserError(f"{path}: column {column} is {texts.type}, expected text")
+    if texts.null_count:
+        raise UserError(f"{path}: row {first(pc.is_null(texts))}: {column} is null")
+
+
+def check_ids(path: Path, column: str, ids: pa.Array, vocabulary: int) -> np.ndarray:
+    """Tokens of each row (rows,); where a row is a list of responses, of its longest one."""
+    rows = np.arange(len(ids))  # which row of the table an entry of `ids` is in
+    ranked = column == "responses_token"
+    if ranked:
+        check_lists(path, column, ids, rows)
+        count = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
+        if len(other := np.flatnonzero((count != count[0]) | (count < 2))):
+            raise UserError(f"{path}: row {other[0]} has {count[other[0]]} responses, the first row "
+                            f"{count[0]}; every row needs the same number, at least 2")
+        rows = np.repeat(rows, count)
+        ids = pc.list_flatten(ids)
+    check_lists(path, column, ids, rows)
+    if not pa.types.is_integer(ids.type.value_type):
+        raise UserError(f"{path}: column {column} holds {ids.type.value_type}, expected token ids (integers)")
+    length = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
+    if len(empty := np.flatnonzero(length == 0)):
+        raise UserError(f"{path}: row {rows[empty[0]]}: {column} has no tokens "
+                        "(a response has at least its EOS)")
+    flat = pc.list_flatten(ids)
+    if flat.null_count:
+        bad = first(pc.is_null(flat))
+    else:
+        bad = first(pc.or_(pc.less(flat, 0), pc.greater_equal(flat, vocabulary)))
+    if bad >= 0:
+        row = rows[np.searchsorted(length.cumsum(), bad, side="right")]
+        raise UserError(f"{path}: row {row}: {column} has the id {flat[bad].as_py()}; "
+                        f"the model has embeddings for 0 to {vocabulary - 1}")
+    return length.reshape(-1, count[0]).max(1) if ranked else length
+
+
+def check_lists(path: Path, column: str, lists: pa.Array, rows: np.ndarray) -> None:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(kind(lists.type) for kind in kinds):
+        raise UserError(f"{path}: column {column} is {lists.type}, expected lists of token ids")
+    if lists.null_count:
+        raise UserError(f"{path}: row {rows[first(pc.is_null(lists))]}: {column} is null")
+
+
+def first(found: pa.Array) -> int:
+    """The first place that is true, or -1."""
+    return pc.index(found, True).as_py()
+
+
+def check_distinct(path: Path, chosen: pa.Array, rejected: pa.Array) -> None:
+    """A pair of two equal responses teaches nothing, and hides a fault in the data."""
+    lengths = pc.list_value_length(chosen).to_numpy()
+    alike = np.flatnonzero(lengths == pc.list_value_length(rejected).to_numpy())
+    if not len(alike):
+        return
+    same = pc.equal(*(pc.list_flatten(side.take(pa.array(alike))) for side in (chosen, rejected)))
+    starts = np.cumsum(lengths[alike]) - lengths[alike]
+    equal = alike[np.logical_and.reduceat(same.to_numpy(zero_copy_only=False), starts)]
+    if len(equal):
+        raise UserError(f"{path}: chosen equals rejected in {len(equal)} rows, the first is row {equal[0]}; "
+                        "drop them")

@@ -1,7 +1,8 @@
-"""Sums and means over the kept positions of the last dimension: the only place where a sequence of per-token numbers becomes one number.
+"""Sums and means over the kept positions of the last dimension: only here a sequence becomes one number.
 
-A masked position is selected away (`where`), never multiplied by zero: whatever the padding holds, a fill value, inf or nan, reaches
-neither the number nor its gradient. The sum and the mean of log-probs have two names, because some losses differ in nothing else.
+A masked position is replaced (`where`), never multiplied by zero: what the padding holds, even inf or nan,
+reaches neither the number nor its gradient. The sum and the mean of log-probs have two names, because some
+losses differ in nothing else.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 def lengths(mask: Tensor) -> Tensor:
-    """Kept positions of every row: (..., R) bool -> (...) int64. A row that keeps nothing counts as 1, so its mean is 0 and not nan."""
+    """Kept positions of every row: (..., R) bool -> (...) int64; at least 1, so that no mean is nan."""
     return mask.sum(-1).clamp(min=1)
 
 
@@ -24,10 +25,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def seq_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi(y|x) in nats per sequence: per-token `logprobs` (..., R) summed over the response tokens, the first EOS included."""
+    """log pi(y|x) in nats per sequence: `logprobs` (..., R) summed over the response tokens -> (...).
+
+    The mask keeps the first EOS.
+    """
     return masked_sum(logprobs, mask)
 
 
 def mean_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """(1/|y|) log pi(y|x) in nats per token: `seq_logprobs` divided by the number of response tokens, the first EOS included."""
+    """(1/|y|) log pi(y|x) in nats per token: `seq_logprobs` divided by the number of response tokens |y|."""
     return masked_mean(logprobs, mask)

@@ -1,7 +1,9 @@
-"""Models and tokenizers from and to Hugging Face directories: config.json, model.safetensors (one file or shards), tokenizer.json."""
+"""Models and tokenizers from and to Hugging Face directories: config.json, model.safetensors (one file or
+shards), tokenizer.json."""
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -9,144 +11,276 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from rlhf.config import UserError
-from rlhf.model import NeoX, NeoXConfig
+from rlhf.config import RunError, UserError
+from rlhf.model import EOS, NeoX, NeoXConfig
 
 
 def resolve(path_or_id: str, revision: str = "main") -> Path:
-    """A local directory with a config.json, or the local copy of a hub repository (config, tokenizer, safetensors), downloaded if need be."""
+    """A local directory with a config.json, or the local copy of a hub repository (config, tokenizer,
+    safetensors), downloaded if need be."""
     path = Path(path_or_id)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{path}: no config.json there (a half-written or unfinished run? look in its ckpt/ folder, or continue it with --resume)")
-        return path
-    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "out/")):
-        raise UserError(f"{path_or_id}: no such directory (and not a hub id like EleutherAI/pythia-1b-deduped)")
+    if not path.is_dir():
+        path = downloaded(path_or_id, revision)
+    if (path / "adapter_config.json").exists() and not has_weights(path):
+        raise UserError(
+            f"{path_or_id}: a LoRA adapter, not a model: merge it into its base model first, with peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIRECTORY)"
+        )
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"{path_or_id}: no config.json there "
+            "(a half-written or unfinished run? look in its ckpt/ folder, or continue it with --resume)"
+        )
+    return path
+
+
+def downloaded(hub_id: str, revision: str) -> Path:
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "out/")):
+        raise UserError(
+            f"{hub_id}: no such directory (and not a hub id like EleutherAI/pythia-1b-deduped)"
+        )
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client has a dozen error types; each means that the model could not be had
-        raise UserError(f"{path_or_id} (revision {revision}): not a local directory, and the hub says: {str(error).splitlines()[0]}") from error
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the client has a dozen error types; each means: not to be had
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"{hub_id} (revision {revision}): not a local directory, and the hub says: {said}"
+        ) from error
+
+
+def has_weights(directory: Path) -> bool:
+    """Are there safetensors of a model, in one file or in shards? A shard may still be missing."""
+    return any((directory / f"model.safetensors{ending}").exists() for ending in ("", ".index.json"))
+
+
+def check_weights(directory: Path, name: str) -> None:
+    """Raises UserError, saying what to do, for a model directory without safetensors."""
+    if has_weights(directory):
+        return
+    if any(directory.glob("pytorch_model*.bin*")):
+        raise UserError(
+            f"{name}: only pytorch_model.bin, which is not read here (a pickle may run code): convert it "
+            "with transformers' AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIRECTORY) "
+            "(a reward model: AutoModelForSequenceClassification)"
+        )
+    raise UserError(
+        f"{name}: a config.json without weights (model.safetensors: missing): train_sft.py --init=scratch "
+        "starts from random ones; an incomplete download or run has to be finished first; a hub repository "
+        "that has only pytorch_model.bin has to be converted with transformers' save_pretrained"
+    )
+
+
+def check_padding(config: dict, name: str) -> None:
+    """Warns of a reward model that transformers, which looks for the last token that is no padding, would
+    read elsewhere."""
+    if config.get("pad_token_id") == EOS:
+        print(
+            f"warning: {name}: its padding token is the EOS, so TRL and transformers read its score at the "
+            "token before the EOS, and it may be trained so; here the score is read at the EOS",
+            file=sys.stderr,
+        )
 
 
 def read_json(path: Path) -> dict:
+    """The object that a JSON file holds; UserError for anything else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, {{...}}")
+    return content
 
 
 def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copies the safetensors of `directory` (one file or a sharded index; float16, bfloat16 or float32) into `model`, one tensor at a time.
+    """Copies the safetensors of `directory` (one file or a sharded index; float16, bfloat16 or float32)
+    into `model`, one tensor at a time.
 
-    Strict: a tensor missing here or there is an error, but for the mask and rotary buffers of old Pythia files and the names in `skip`.
+    Strict: a tensor missing here or there is an error, but for the mask and rotary buffers of old Pythia
+    files and the names in `skip`.
     """
-    index = directory / "model.safetensors.index.json"
-    single = (directory / "model.safetensors").exists() or not index.exists()  # where both lie, transformers takes the one file too
-    files = ["model.safetensors"] if single else sorted(set(read_json(index)["weight_map"].values()))
     wanted = dict(model.named_parameters())
     left = set(wanted) - set(skip)
-    for name in files:
-        if not (directory / name).exists():
-            raise UserError(f"{directory / name}: missing (an incomplete download or checkpoint?)")
+    buffers = (".attention.bias", ".masked_bias", ".rotary_emb.inv_freq")
+    tied = {"embed_out.weight"} if model.config.tie_word_embeddings else set()
+    for file in weight_files(directory):
         try:
-            with safe_open(directory / name, "pt") as file:
-                keys = list(file.keys())
+            with safe_open(file, "pt") as tensors:
+                keys = [key for key in tensors.keys() if key not in skip and not key.endswith(buffers)]
             for key in keys:
-                if key in skip or key.endswith((".attention.bias", ".masked_bias", ".rotary_emb.inv_freq")):
-                    continue
-                if key == "embed_out.weight" and model.config.tie_word_embeddings and key not in wanted:
-                    continue
-                if key not in wanted:
-                    raise UserError(f"{directory / name}: unexpected tensor {key}")
-                # opened for each tensor: the pages of a mapped file count as memory of this process until it is closed, a second copy of the model
-                with safe_open(directory / name, "pt") as file, torch.no_grad():
-                    if (shape := file.get_slice(key).get_shape()) != list(wanted[key].shape):
-                        raise UserError(f"{directory / name}: {key} has shape {shape}, config.json asks for {list(wanted[key].shape)}")
-                    wanted[key].copy_(file.get_tensor(key))
-                left.discard(key)
+                if key in wanted:
+                    copy_tensor(file, key, wanted[key])
+                    left.discard(key)
+                elif key not in tied:
+                    raise UserError(f"{file}: unexpected tensor {key}")
         except UserError:
             raise
         except Exception as error:  # safetensors raises its own SafetensorError for truncated files
-            raise UserError(f"{directory / name}: not a readable safetensors file ({error}); half-written?") from error
+            raise UserError(f"{file}: not a readable safetensors file ({error}); half-written?") from error
     if left:
-        raise UserError(f"{directory}: tensors missing from the file: {', '.join(sorted(left)[:4])}" + (" ..." if len(left) > 4 else ""))
+        names = ", ".join(sorted(left)[:4]) + (" ..." if len(left) > 4 else "")
+        raise UserError(f"{directory}: tensors missing from the file: {names}")
 
 
-def from_pretrained(path_or_id: str, *, revision: str = "main", head: str = "embed_out", init: str = "pretrained", new_head: bool = False,
-                    seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> NeoX:
+def weight_files(directory: Path) -> list[Path]:
+    """One file, or the shards of an index; where both lie, transformers takes the one file too."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists() and not (directory / names[0]).exists():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if not (directory / name).exists():
+            raise UserError(f"{directory / name}: missing (an incomplete download or checkpoint?)")
+    return [directory / name for name in names]
+
+
+@torch.no_grad()
+def copy_tensor(file: Path, key: str, parameter: torch.Tensor) -> None:
+    """The file is opened for each tensor: the pages of a mapped file count as memory of this process until it
+    is closed, and that would be a second copy of the model."""
+    with safe_open(file, "pt") as tensors:
+        shape = tensors.get_slice(key).get_shape()
+        if shape != list(parameter.shape):
+            raise UserError(f"{file}: {key} has shape {shape}, config.json asks for {list(parameter.shape)}")
+        parameter.copy_(tensors.get_tensor(key))
+    if not all_finite(parameter):
+        raise UserError(f"{file}: {key} holds numbers that are not finite (a run that diverged?)")
+
+
+@torch.no_grad()
+def all_finite(tensor: torch.Tensor) -> bool:
+    low, high = tensor.aminmax()  # nan if one is; no mask as large as the tensor
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def matmul_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """--dtype as torch has it; "auto" is bfloat16 on CUDA, float32 on the CPU."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def from_pretrained(
+    path_or_id: str, *, revision: str = "main", head: str = "embed_out", init: str = "pretrained",
+    new_head: bool = False, seed: int = 0, device: torch.device | str = "cpu", dtype: str = "auto",
+) -> NeoX:
     """A model from a Hugging Face directory or hub id.
 
     head      "embed_out" (language model) or "score" (reward model)
     init      "pretrained", or "scratch": only config.json is read, weights are drawn from `seed`
-    new_head  start a reward model from a language model: the backbone is loaded, `score` is drawn from `seed`
-    dtype     of the weights in memory: float32 for whatever is trained (recipe: bfloat16 weights would not move at 1e-6)
+    new_head  start a reward model from a language model: the backbone is loaded, `score` drawn from `seed`
+    dtype     of matrix products, "auto", "float32" or "bfloat16". The weights are float32 in memory: in
+              bfloat16 they would not move at a learning rate of 1e-6
 
-    Memory: the parameters are allocated once, on `device`, and filled tensor by tensor. Raises UserError (see `resolve`, `load_weights`).
+    Memory: the parameters are allocated once, on `device`, and filled tensor by tensor.
+    Raises UserError (see `resolve`, `load_weights`).
     """
     directory = resolve(path_or_id, revision)
-    config = NeoXConfig.from_dict(read_json(directory / "config.json"))
+    raw = read_json(directory / "config.json")
+    config = NeoXConfig.from_dict(raw)
+    if init != "scratch":
+        check_weights(directory, path_or_id)
     with torch.device("meta"):
         model = NeoX(config, head)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to_empty(device=device)
+    model.matmul_dtype = matmul_dtype(dtype, torch.device(device))
     if config.tie_word_embeddings and head == "embed_out":  # to_empty gives each name memory of its own
         model.embed_out.weight = model.gpt_neox.embed_in.weight
     if init == "scratch":
         fresh = NeoX(config, head).init_weights(seed)
         model.load_state_dict(fresh.state_dict())
     else:
-        if head == "score" and not new_head and "ForCausalLM" in str(read_json(directory / "config.json").get("architectures")):
-            raise UserError(f"{path_or_id}: is a language model, not a reward model (train one with train_rm.py)")
+        if head == "score" and not new_head:
+            if "ForCausalLM" in str(raw.get("architectures")):
+                raise UserError(
+                    f"{path_or_id}: is a language model, not a reward model (train one with train_rm.py)"
+                )
+            check_padding(raw, path_or_id)
         skip = ("score.weight", "embed_out.weight") if new_head else ()
         load_weights(model, directory, skip)
         if new_head:
             std = 1 / math.sqrt(config.hidden_size + 1)
+            noise = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed))
             with torch.no_grad():
-                model.score.weight.copy_(torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed)) * std)
+                model.score.weight.copy_(noise * std)
     return model
 
 
-def save_pretrained(model: NeoX, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5_000_000_000) -> None:
-    """Writes config.json, model.safetensors (sharded above `shard_bytes`) and the tokenizer: a directory that `transformers` opens with the same numbers."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_dict() | dict.fromkeys(["dtype", "torch_dtype"], str(dtype).removeprefix("torch."))
-    if model.head == "embed_out":
-        config["architectures"] = ["GPTNeoXForCausalLM"]
-    else:
-        config |= {"architectures": ["GPTNeoXForSequenceClassification"], "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    tensors = dict(model.named_parameters())  # named_parameters lists a tied weight once, under its first name, as transformers does
-    shards, size = [{}], 0
+def save_pretrained(
+    model: NeoX, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json, model.safetensors (sharded above `shard_bytes`) and the tokenizer: a directory
+    that `transformers` opens with the same numbers."""
+    tensors = dict(model.named_parameters())  # a tied weight once, under its first name, as transformers does
     for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * dtype.itemsize
-        if size + bytes_ > shard_bytes and shards[-1]:
-            shards.append({})
+        if not all_finite(tensor):
+            raise RunError(f"{name} holds numbers that are not finite, so it was not saved: lower --lr")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", saved_config(model, dtype))
+
+    shards = [[]]  # names of the tensors in each
+    size = 0
+    for name, tensor in tensors.items():
+        own = tensor.numel() * dtype.itemsize
+        if size + own > shard_bytes and shards[-1]:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += bytes_
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in shard.items()}, directory / name, metadata={"format": "pt"})
+        shards[-1].append(name)
+        size += own
+    files = ["model.safetensors"]
     if len(shards) > 1:
-        weight_map = {k: name for name, shard in zip(names, shards) for k in shard}
-        total = sum(t.numel() * dtype.itemsize for t in tensors.values())
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        copies = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(copies, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)
     save_tokenizer(tokenizer, directory, model.config.max_position_embeddings)
+
+
+def saved_config(model: NeoX, dtype: torch.dtype) -> dict:
+    """The config.json of a model: its architecture, and which class of transformers opens it."""
+    config = model.config.to_dict()
+    config |= dict.fromkeys(["dtype", "torch_dtype"], str(dtype).removeprefix("torch."))
+    if model.head == "embed_out":
+        return config | {"architectures": ["GPTNeoXForCausalLM"]}
+    labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    return config | {"architectures": ["GPTNeoXForSequenceClassification"], **labels}
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """tokenizer.json and the two small files that make `AutoTokenizer.from_pretrained` open it."""
     tokenizer.save(str(directory / "tokenizer.json"))
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|padding|>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "padding_side": "right", **special}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    end = "<|endoftext|>"
+    special = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": "<|padding|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    write_json(directory / "tokenizer_config.json", {**config, "padding_side": "right", **special})
+    write_json(directory / "special_tokens_map.json", special)
 
 
 def load_tokenizer(path_or_id: str, revision: str = "main") -> Tokenizer:
-    """The tokenizer.json of a model directory or hub id."""
-    return read_tokenizer(resolve(path_or_id, revision) / "tokenizer.json")
+    """The tokenizer.json of a model directory or hub id. Raises UserError if its EOS is not token 0, as it
+    is in the GPT-NeoX tokenizer: data and samples here end in that one."""
+    directory = resolve(path_or_id, revision)
+    tokenizer = read_tokenizer(directory / "tokenizer.json")
+    if (file := directory / "tokenizer_config.json").exists():
+        eos = read_json(file).get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if eos is not None and (found := tokenizer.token_to_id(eos)) != EOS:
+            raise UserError(
+                f"{path_or_id}: its tokenizer ends a text with {eos!r} (token {found}); only models whose "
+                f"EOS is token {EOS}, {tokenizer.id_to_token(EOS)!r} here, are supported (Pythia, GPT-NeoX)"
+            )
+    return tokenizer
 
 
 def read_tokenizer(file: Path) -> Tokenizer:

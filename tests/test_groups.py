@@ -1,8 +1,20 @@
-"""Packed groups against one row per completion in transformers: log-probs, rewards, gradients; and that packing leaves no trace in the numbers."""
+"""Packed groups against one row per completion in transformers: log-probs, rewards, gradients; and that
+packing leaves no trace in the numbers."""
 
 import pytest
 import torch
-from util import GRADIENT_TOLERANCE, TOLERANCE, WIDE, error, logprobs_of, packed_logprobs, pair, random_groups, raw_config, worst_gradient
+from util import (
+    GRADIENT_TOLERANCE,
+    TOLERANCE,
+    WIDE,
+    error,
+    logprobs_of,
+    packed_logprobs,
+    pair,
+    random_groups,
+    raw_config,
+    worst_gradient,
+)
 
 import rlhf.groups
 from rlhf.config import UserError
@@ -10,22 +22,22 @@ from rlhf.groups import block_mask, group_attention, micro_batches, pack
 
 # K lengths for each of N prompts
 SHAPES = {
-    "K=1": [[4], [1], [9]],
-    "K=2": [[5, 3], [1, 7], [2, 2]],
-    "K=4": [[3, 1, 6, 2], [5, 5, 5, 5], [1, 1, 1, 8]],
-    "one group": [[2, 4, 3]],
+    "K=1": [[4], [1], [9]], "K=2": [[5, 3], [1, 7], [2, 2]],
+    "K=4": [[3, 1, 6, 2], [5, 5, 5, 5], [1, 1, 1, 8]], "one group": [[2, 4, 3]],
     "one token each": [[1, 1], [1, 1]],
 }
 VARIANTS = ["parallel residual", "all at once"]
 
 
 def their_batch(prompts, responses, side: str):
-    """One row per completion, padded on `side`, with attention mask and position ids; and where each prompt and each row ends."""
+    """One row per completion, padded on `side`, with attention mask and position ids; and where each prompt
+    and each row ends."""
     rows = [prompt + answer for prompt, answers in zip(prompts, responses) for answer in answers]
     starts = [len(prompt) for prompt, answers in zip(prompts, responses) for _ in answers]
     longest = max(map(len, rows))
     shift = [longest - len(row) if side == "left" else 0 for row in rows]
-    ids, mask = torch.ones(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids = torch.ones(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, shift[i] : shift[i] + len(row)] = torch.tensor(row)
         mask[i, shift[i] : shift[i] + len(row)] = 1
@@ -36,7 +48,10 @@ def their_batch(prompts, responses, side: str):
 def their_logprobs(theirs, prompts, responses, side="right"):
     """Log-prob of every response token (M,), in the order group, response, time."""
     inputs, spans = their_batch(prompts, responses, side)
-    logprobs = theirs(**inputs).logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]  # [:, t] is of token t + 1
+    # [:, t] is of token t + 1
+    logprobs = (
+        theirs(**inputs).logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
+    )
     return torch.cat([logprobs[i, start - 1 : end - 1] for i, (start, end) in enumerate(spans)])
 
 
@@ -59,7 +74,8 @@ def test_logprobs_and_gradients(variant, shape, side, models):
     ours, theirs = models[variant, "embed_out"]
     ours.zero_grad(), theirs.zero_grad()
     prompts, responses = random_groups(SHAPES[shape])
-    mine, expected = packed_logprobs(ours, prompts, responses), their_logprobs(theirs, prompts, responses, side)
+    mine = packed_logprobs(ours, prompts, responses)
+    expected = their_logprobs(theirs, prompts, responses, side)
     assert error(mine, expected) < TOLERANCE
     weight = torch.randn(len(expected))
     (mine * weight).sum().backward()
@@ -98,7 +114,10 @@ def test_the_comparison_sees_a_response_that_sees_its_neighbour(models, monkeypa
     prompts, responses = random_groups(SHAPES["K=2"])
     monkeypatch.setattr(rlhf.groups, "response_bias", neighbours_visible)
     with torch.no_grad():
-        assert error(packed_logprobs(ours, prompts, responses), their_logprobs(theirs, prompts, responses)) > WIDE
+        assert (
+            error(packed_logprobs(ours, prompts, responses), their_logprobs(theirs, prompts, responses))
+            > WIDE
+        )
 
 
 @pytest.mark.parametrize("field", ["predicts", "last"])
@@ -138,13 +157,18 @@ def run_in_slices(model, prompts, responses, slices, **options):
     return torch.cat(parts).detach(), [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("options, tokens", [({"multiple": 64}, 10**6), ({"multiple": 7}, 10**6), ({}, 1), ({}, 30), ({"multiple": 16}, 30)])
+@pytest.mark.parametrize(
+    "options, tokens",
+    [({"multiple": 64}, 10**6), ({"multiple": 7}, 10**6), ({}, 1), ({}, 30), ({"multiple": 16}, 30)],
+)
 @pytest.mark.parametrize("shape", ["K=1", "K=4"])
 def test_padding_and_micro_batches_change_nothing(shape, options, tokens, models):
     ours, _ = models["parallel residual", "embed_out"]
     prompts, responses = random_groups(SHAPES[shape])
     expected, gradients = run_in_slices(ours, prompts, responses, [slice(None)], multiple=1)
-    actual, others = run_in_slices(ours, prompts, responses, micro_batches(prompts, responses, tokens), **options)
+    actual, others = run_in_slices(
+        ours, prompts, responses, micro_batches(prompts, responses, tokens), **options
+    )
     assert error(actual, expected) < TOLERANCE
     assert max(error(a, b) for a, b in zip(others, gradients)) < GRADIENT_TOLERANCE
 
@@ -154,7 +178,11 @@ def test_one_by_one(models):
     ours, _ = models["parallel residual", "embed_out"]
     prompts, responses = random_groups(SHAPES["K=4"])
     with torch.no_grad():
-        alone = [packed_logprobs(ours, [p], [[answer]]) for p, answers in zip(prompts, responses) for answer in answers]
+        alone = [
+            packed_logprobs(ours, [p], [[answer]])
+            for p, answers in zip(prompts, responses)
+            for answer in answers
+        ]
         assert error(torch.cat(alone), packed_logprobs(ours, prompts, responses)) < TOLERANCE
 
 
@@ -193,17 +221,31 @@ def test_unpack():
 
 def test_max_response_widens_the_mask():
     groups = pack([[10], [20]], [[[1, 2], [3]], [[4], [5, 6]]], max_positions=3, max_response=5)
-    assert groups.response_mask.shape == (2, 2, 5) and groups.response_mask.sum(-1).tolist() == [[2, 1], [1, 2]]
-    assert groups.unpack(torch.arange(6.0)).flatten(1).tolist() == [[0, 1, 0, 0, 0, 2, 0, 0, 0, 0], [3, 0, 0, 0, 0, 4, 5, 0, 0, 0]]
-    short = pack([[10]], [[[1, 2], [3]]], max_positions=3, max_response=1)  # a longer response is not cut: unpack would shift the rest
+    assert groups.response_mask.shape == (2, 2, 5) and groups.response_mask.sum(-1).tolist() == [
+        [2, 1],
+        [1, 2],
+    ]
+    assert groups.unpack(torch.arange(6.0)).flatten(1).tolist() == [
+        [0, 1, 0, 0, 0, 2, 0, 0, 0, 0],
+        [3, 0, 0, 0, 0, 4, 5, 0, 0, 0],
+    ]
+    # a longer response is not cut: unpack would shift the rest
+    short = pack([[10]], [[[1, 2], [3]]], max_positions=3, max_response=1)
     assert short.unpack(torch.tensor([1.0, 2, 3])).tolist() == [[[1, 2], [3, 0]]]
 
 
-@pytest.mark.parametrize("prompts, responses, named", [
-    ([[5], []], [[[1]], [[1]]], "a prompt has no tokens"),
-    ([[5], [5]], [[[1], [2]], [[1]]], "a prompt has 1 responses where the first has 2"),
-    ([[5] * 7], [[[1], [2] * 4]], r"prompt \(7 tokens\) and response \(4\) are longer than the model's context \(10\)"),
-])
+@pytest.mark.parametrize(
+    "prompts, responses, named",
+    [
+        ([[5], []], [[[1]], [[1]]], "a prompt has no tokens"),
+        ([[5], [5]], [[[1], [2]], [[1]]], "a prompt has 1 responses where the first has 2"),
+        (
+            [[5] * 7],
+            [[[1], [2] * 4]],
+            r"prompt \(7 tokens\) and response \(4\) are longer than the model's context \(10\)",
+        ),
+    ],
+)
 def test_refused_groups(prompts, responses, named):
     with pytest.raises(UserError, match=named):
         pack(prompts, responses, max_positions=10)
@@ -235,20 +277,27 @@ def test_flex_attention_is_the_same(shape, multiple):
 
 @pytest.mark.parametrize("K", [0, 1, 3])
 def test_blocks_of_the_mask_are_what_its_rule_says(K):
-    """Every pair of tokens that may look is in a listed block, and a block that is listed as full has no pair that may not."""
+    """Every pair of tokens that may look is in a listed block, and a block that is listed as full has no pair
+    that may not."""
     seen = 0  # full blocks
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         segments, start = [], 0
         for _ in range(5):
-            P, *lengths = (torch.randint(1, most, (1,), generator=generator).item() for most in (900, *[90] * K))
+            P, *lengths = (
+                torch.randint(1, most, (1,), generator=generator).item() for most in (900, *[90] * K)
+            )
             segments.append((start, P, lengths))
             start += P + sum(lengths)
         T = start + -start % 128 + 128 * (seed % 2)  # up to a whole block of padding
         mask = block_mask(segments, T, torch.device("cpu"))
         may = mask.mask_mod(0, 0, torch.arange(T)[:, None], torch.arange(T))  # (T, T)
-        some, full = torch.zeros(T // 128, T // 128, dtype=torch.bool), torch.zeros(T // 128, T // 128, dtype=torch.bool)
-        for blocks, count, index in ((some, mask.kv_num_blocks, mask.kv_indices), (full, mask.full_kv_num_blocks, mask.full_kv_indices)):
+        some = torch.zeros(T // 128, T // 128, dtype=torch.bool)
+        full = torch.zeros(T // 128, T // 128, dtype=torch.bool)
+        for blocks, count, index in (
+            (some, mask.kv_num_blocks, mask.kv_indices),
+            (full, mask.full_kv_num_blocks, mask.full_kv_indices),
+        ):
             for row, (n, columns) in enumerate(zip(count[0, 0].tolist(), index[0, 0].tolist())):
                 blocks[row, columns[:n]] = True
         pairs = may.view(T // 128, 128, T // 128, 128).transpose(1, 2)  # (B, B, 128, 128)

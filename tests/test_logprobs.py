@@ -1,18 +1,22 @@
-"""Per-token log-prob, entropy and KL in chunks against the plain (M, V) formulas, forward and backward, and without ever holding an (M, V) matrix."""
+"""Per-token log-prob, entropy and KL in chunks against the plain (M, V) formulas, forward and backward, and
+without ever holding an (M, V) matrix."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from util import WIDE, error
 
-from rlhf.logprobs import compare_logprobs, compile_kernels, kernels, summed_nll, token_logprobs
+from rlhf.logprobs import compare_logprobs, compile_kernels, head_nll, kernels, token_logprobs
 
 M, C, V = 23, 20, 301
 
 
 def inputs(seed=0, scale=0.5, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    hidden, weight = (torch.randn(n, C, generator=g, dtype=torch.float64).mul_(scale).to(dtype).requires_grad_() for n in (M, V))
+    hidden, weight = (
+        torch.randn(n, C, generator=g, dtype=torch.float64).mul_(scale).to(dtype).requires_grad_()
+        for n in (M, V)
+    )
     return hidden, weight, torch.randint(V, (M,), generator=g)
 
 
@@ -38,11 +42,14 @@ def test_values_and_gradients(flow, temperature, chunk):
     hidden, weight, targets = inputs()
     g = torch.Generator().manual_seed(1)
     upstream = [scale * torch.randn(M, generator=g) for scale in FLOWS[flow]]
-    actual, expected = token_logprobs(hidden, weight, targets, temperature, chunk), plain(hidden, weight, targets, temperature)
+    actual = token_logprobs(hidden, weight, targets, temperature, chunk)
+    expected = plain(hidden, weight, targets, temperature)
     for a, e in zip(actual, expected):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
-    for a, e in zip(gradients(actual, hidden, weight, *upstream), gradients(expected, hidden, weight, *upstream)):
+    for a, e in zip(
+        gradients(actual, hidden, weight, *upstream), gradients(expected, hidden, weight, *upstream)
+    ):
         assert error(a, e) < 1e-5
 
 
@@ -61,10 +68,16 @@ def test_chunk_sizes_are_identical():
 @pytest.mark.parametrize("wrong", ["temperature", "target", "sign of the entropy"])
 def test_the_comparison_sees(wrong):
     hidden, weight, targets = inputs()
-    actual = token_logprobs(hidden, weight, targets.roll(1) if wrong == "target" else targets, 1.02 if wrong == "temperature" else 1.0)
+    actual = token_logprobs(
+        hidden, weight, targets.roll(1) if wrong == "target" else targets,
+        1.02 if wrong == "temperature" else 1.0,
+    )
     upstream = torch.ones(M), torch.full((M,), -1.0 if wrong == "sign of the entropy" else 1.0)
     expected = plain(hidden, weight, targets)
-    grads = gradients(actual, hidden, weight, *upstream), gradients(expected, hidden, weight, torch.ones(M), torch.ones(M))
+    grads = (
+        gradients(actual, hidden, weight, *upstream),
+        gradients(expected, hidden, weight, torch.ones(M), torch.ones(M)),
+    )
     assert max(error(a, e) for a, e in zip(*grads)) > WIDE
 
 
@@ -100,14 +113,17 @@ def test_gradient_of_one_input_only():
 def test_no_tokens():
     hidden, weight, targets = inputs()
     logprobs, _ = token_logprobs(hidden[:0], weight, targets[:0])
-    assert logprobs.shape == (0,) and torch.equal(torch.autograd.grad(logprobs.sum(), weight)[0], torch.zeros(V, C))
+    assert logprobs.shape == (0,) and torch.equal(
+        torch.autograd.grad(logprobs.sum(), weight)[0], torch.zeros(V, C)
+    )
 
 
 # --- bfloat16
 
 
 def test_autocast():
-    """Products in bfloat16, everything after them in float32: near the float32 numbers, and gradients of the parameters' own type."""
+    """Products in bfloat16, everything after them in float32: near the float32 numbers, and gradients of the
+    parameters' own type."""
     hidden, weight, targets = inputs()
     upstream = torch.randn(2, M)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -116,9 +132,12 @@ def test_autocast():
     for a, e in zip(out, expected):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), e, rtol=0, atol=0.05)
-    for a, e in zip(gradients(out, hidden, weight, *upstream), gradients(expected, hidden, weight, *upstream)):
+    for a, e in zip(
+        gradients(out, hidden, weight, *upstream), gradients(expected, hidden, weight, *upstream)
+    ):
         assert a.dtype == torch.float32 and error(a, e) < 0.02
-    rounded = [x.bfloat16().float() for x in (hidden, weight)]  # what is left when the inputs' rounding is taken out: only the product's
+    # what is left when the inputs' rounding is taken out: only the product's
+    rounded = [x.bfloat16().float() for x in (hidden, weight)]
     for a, e in zip(out, plain(*rounded, targets, 0.9)):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=0.03)
 
@@ -147,7 +166,8 @@ def largest(function) -> int:
 
 
 def test_no_matrix_of_tokens_by_vocabulary():
-    """Forward and backward make nothing larger than a chunk of logits or the weight itself; the plain formula does, so the measure works."""
+    """Forward and backward make nothing larger than a chunk of logits or the weight itself; the plain formula
+    does, so the measure works."""
     hidden, weight, targets = inputs()
     assert largest(lambda: token_logprobs(hidden, weight, targets, chunk=4)) == V * C < M * V
     assert largest(lambda: plain(hidden, weight, targets)) == M * V
@@ -171,20 +191,28 @@ def test_nothing_of_the_size_of_the_logits_is_saved_for_backward():
 @pytest.mark.parametrize("chunk", [1, 7, None])
 def test_compare_logprobs(chunk, temperature):
     (hidden, weight, targets), (other_hidden, other_weight, _) = inputs(0), inputs(1)
-    logp, logq = ((h.double() @ w.double().T / temperature).log_softmax(-1) for h, w in ((hidden, weight), (other_hidden, other_weight)))
+    logp, logq = (
+        (h.double() @ w.double().T / temperature).log_softmax(-1)
+        for h, w in ((hidden, weight), (other_hidden, other_weight))
+    )
     expected, reverse = (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
-    logprobs, entropy, ref_logprobs, kl = compare_logprobs(hidden, weight, other_hidden, other_weight, targets, temperature, chunk)
+    logprobs, entropy, ref_logprobs, kl = compare_logprobs(
+        hidden, weight, other_hidden, other_weight, targets, temperature, chunk
+    )
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-5)
     assert error(reverse, expected) > WIDE  # the twin: the other direction is another number
     assert compare_logprobs(hidden, weight, hidden, weight, targets, temperature, chunk)[3].abs().max() < 2e-5
     for both in zip((logprobs, entropy), token_logprobs(hidden, weight, targets, temperature, chunk)):
         torch.testing.assert_close(*both, rtol=0, atol=0)
-    torch.testing.assert_close(ref_logprobs.double(), logq.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ref_logprobs.double(), logq.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5
+    )
     assert logprobs.requires_grad and not ref_logprobs.requires_grad and not kl.requires_grad
 
 
 def test_compiled_kernels_change_nothing(monkeypatch):
-    """With the tracer of torch.compile, not its code generator, which would need a C++ compiler and a minute."""
+    """With the tracer of torch.compile, not its code generator, which would need a C++ compiler and a
+    minute."""
     (hidden, weight, targets), (other_hidden, other_weight, _) = inputs(0), inputs(1)
 
     def numbers():
@@ -199,7 +227,9 @@ def test_compiled_kernels_change_nothing(monkeypatch):
     expected, plain, compile = numbers(), dict(vars(kernels)), torch.compile
     for name, function in plain.items():
         monkeypatch.setattr(kernels, name, function)  # put back after the test
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compile(function, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic: compile(function, dynamic=dynamic, backend="eager")
+    )
     compile_kernels()
     assert all(getattr(kernels, name) is not function for name, function in plain.items())
     for actual, wanted in zip(numbers(), expected, strict=True):
@@ -208,13 +238,16 @@ def test_compiled_kernels_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 7, None])
 def test_summed_nll(chunk):
-    """Value and gradients are those of the sum of token_logprobs, scaled by whatever comes after; without gradients it gives the same value."""
+    """Value and gradients are those of the sum of token_logprobs, scaled by whatever comes after; without
+    gradients it gives the same value."""
     hidden, weight, targets = inputs()
     expected = -token_logprobs(hidden, weight, targets)[0].sum()
     wanted = torch.autograd.grad(expected / 17, (hidden, weight))
-    actual = summed_nll(hidden, weight, targets, chunk)
+    actual = head_nll(hidden, weight, targets, chunk)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
     for one, other in zip(torch.autograd.grad(actual / 17, (hidden, weight)), wanted):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(summed_nll(hidden, weight, targets, chunk), expected.detach(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            head_nll(hidden, weight, targets, chunk), expected.detach(), rtol=1e-5, atol=1e-4
+        )

@@ -1,4 +1,5 @@
-"""Directories of weights: ours open in transformers and theirs here, with the same numbers; and what is wrong with a directory is said by name."""
+"""Directories of weights: ours open in transformers and theirs here, with the same numbers; and what is wrong
+with a directory is said by name."""
 
 import json
 import subprocess
@@ -13,7 +14,7 @@ from util import TOLERANCE, WIDE, error, hidden_of, logits_of, pair, raw_config,
 
 from rlhf.config import UserError
 from rlhf.model import NeoX, NeoXConfig
-from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
+from rlhf.pretrained import from_pretrained, load_tokenizer, matmul_dtype, save_pretrained
 
 IDS = torch.randint(2, 61, (29,), generator=torch.Generator().manual_seed(6)).tolist()
 TOKENIZER = tiny_tokenizer()
@@ -49,7 +50,9 @@ def test_ours_opens_in_transformers(variant, head, shard_bytes, tmp_path):
     assert theirs.dtype == torch.float32
     assert error(outputs(ours), their_outputs(theirs)) < TOLERANCE
     again = from_pretrained(str(tmp_path), head=head)
-    assert again.config == ours.config and all(torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters(), strict=True))
+    assert again.config == ours.config and all(
+        torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -65,22 +68,40 @@ def test_transformers_opens_here(variant, head, shards, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["parallel residual", "tied embeddings"])
 def test_half_precision_on_disk(variant, dtype, tmp_path):
-    """Weights that are exact in `dtype` come back as they were, in float32; so do ours, saved in `dtype`, in transformers."""
+    """Weights that are exact in `dtype` come back as they were, in float32; so do ours, saved in `dtype`, in
+    transformers."""
     ours, theirs = pair(raw_config(variant), dtype=dtype)
     theirs.to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     assert load_file(next((tmp_path / "theirs").glob("*.safetensors"))).popitem()[1].dtype == dtype
     here = from_pretrained(str(tmp_path / "theirs"))
     assert here.gpt_neox.embed_in.weight.dtype == torch.float32 and torch.equal(outputs(here), outputs(ours))
     save_pretrained(ours, TOKENIZER, tmp_path / "ours", dtype=dtype)
-    assert error(outputs(ours), their_outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32))) < TOLERANCE
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").dtype == dtype  # what config.json says is what the file holds
+    assert (
+        error(
+            outputs(ours),
+            their_outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)),
+        )
+        < TOLERANCE
+    )
+    # what config.json says is what the file holds
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").dtype == dtype
 
 
-def test_weights_in_bfloat16_in_memory(tmp_path):
-    ours, _ = pair(raw_config(), dtype=torch.bfloat16)
+def test_dtype_is_that_of_the_products_and_weights_stay_float32(tmp_path):
+    """A weight in bfloat16 would not move at a learning rate of 1e-6."""
+    ours, _ = pair(raw_config())
     save_pretrained(ours, TOKENIZER, tmp_path)
-    half = from_pretrained(str(tmp_path), dtype=torch.bfloat16)
-    assert all(torch.equal(p.float(), q) for p, q in zip(half.parameters(), ours.parameters(), strict=True))
+    for dtype, expected in (
+        ("auto", torch.float32),
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+    ):
+        model = from_pretrained(str(tmp_path), dtype=dtype)
+        assert model.matmul_dtype == expected and {p.dtype for p in model.parameters()} == {torch.float32}
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), ours.parameters(), strict=True))
+    assert from_pretrained(str(tmp_path)).matmul_dtype == torch.float32
+    assert matmul_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert matmul_dtype("float32", torch.device("cuda")) == torch.float32
 
 
 def test_a_tied_model_stays_tied(tmp_path):
@@ -102,7 +123,9 @@ def test_auto_tokenizer(tmp_path):
     save_pretrained(pair(raw_config())[0], TOKENIZER, tmp_path)
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).ids == TOKENIZER.encode(TEXT).ids
-    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id, theirs.padding_side) == (0, 0, 1, "right")
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id, theirs.padding_side) == (
+        0, 0, 1, "right",
+    )
     assert theirs.decode(ours.encode("the mat, naïve 🙂").ids) == "the mat, naïve 🙂"
 
 
@@ -110,7 +133,8 @@ def test_auto_tokenizer(tmp_path):
 
 
 def test_offset_survives_in_transformers(tmp_path):
-    """Every score falls by the offset, here and, from the saved files, in transformers with a batch padded on the right."""
+    """Every score falls by the offset, here and, from the saved files, in transformers with a batch padded on
+    the right."""
     ours, theirs = pair(raw_config(), head="score")
     rows = [IDS[:5], IDS[5:25], IDS[:29]]
     padded = torch.tensor([row + [1] * (29 - len(row)) for row in rows])
@@ -126,22 +150,30 @@ def test_offset_survives_in_transformers(tmp_path):
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     with torch.no_grad():
         assert error(scores(), saved(padded, attention_mask=padded != 1).logits[:, 0]) < TOLERANCE
-        assert error(scores(), theirs(padded, attention_mask=padded != 1).logits[:, 0]) > WIDE  # the twin: before the offset
+        # the twin: before the offset
+        assert error(scores(), theirs(padded, attention_mask=padded != 1).logits[:, 0]) > WIDE
 
 
 def test_reward_model_from_a_language_model(tmp_path):
     ours, _ = pair(raw_config("tied embeddings"))
     save_pretrained(ours, TOKENIZER, tmp_path)
-    one, same, other = (from_pretrained(str(tmp_path), head="score", new_head=True, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (
+        from_pretrained(str(tmp_path), head="score", new_head=True, seed=seed) for seed in (1, 1, 2)
+    )
     assert torch.equal(hidden_of(one, IDS), hidden_of(ours, IDS))
-    assert torch.equal(one.score.weight, same.score.weight) and not torch.equal(one.score.weight, other.score.weight)
+    assert torch.equal(one.score.weight, same.score.weight) and not torch.equal(
+        one.score.weight, other.score.weight
+    )
 
 
 def test_scratch_reads_only_the_config(tmp_path):
     config = NeoXConfig.from_dict(raw_config("tied embeddings"))
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     model = from_pretrained(str(tmp_path), init="scratch", seed=3)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), NeoX(config).init_weights(3).parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(model.parameters(), NeoX(config).init_weights(3).parameters(), strict=True)
+    )
 
 
 # --- what old files hold besides, and what is wrong with broken ones
@@ -164,9 +196,15 @@ def test_buffers_of_old_pythia_files_are_ignored(saved):
     ours, directory = saved
     for layer in range(2):
         name = f"gpt_neox.layers.{layer}.attention"
-        edit(directory, lambda t, name=name: t.update({
-            f"{name}.bias": torch.ones(1, 1, 128, 128).tril().bool(), f"{name}.masked_bias": torch.tensor(-1e9),
-            f"{name}.rotary_emb.inv_freq": torch.ones(2)}))
+        edit(
+            directory,
+            lambda t, name=name: t.update(
+                {
+                    f"{name}.bias": torch.ones(1, 1, 128, 128).tril().bool(),
+                    f"{name}.masked_bias": torch.tensor(-1e9), f"{name}.rotary_emb.inv_freq": torch.ones(2),
+                }
+            ),
+        )
     assert torch.equal(outputs(from_pretrained(str(directory))), outputs(ours))
 
 
@@ -179,18 +217,27 @@ BIAS = "gpt_neox.layers.1.attention.dense.bias"
 EMPTY_CONFIG = {"model_type": "gpt_neox"}
 
 
-@pytest.mark.parametrize("breakage, named", [
-    (lambda d: edit(d, lambda t: t.pop(BIAS)), f"missing from the file: {BIAS}"),
-    (lambda d: edit(d, lambda t: t.update(extra=torch.ones(2))), "unexpected tensor extra"),
-    (lambda d: edit(d, lambda t: t.update({BIAS: torch.ones(47)})), rf"{BIAS} has shape \[47\], config.json asks for \[48\]"),
-    (lambda d: truncate(d, 0.7), "model.safetensors: not a readable safetensors file"),
-    (lambda d: truncate(d, 0), "model.safetensors: not a readable safetensors file"),
-    (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: missing"),
-    (lambda d: (d / "config.json").unlink(), "no config.json"),
-    (lambda d: (d / "config.json").write_text('{"model_type":'), "config.json: cannot be read"),
-    (lambda d: (d / "config.json").write_text(json.dumps(EMPTY_CONFIG)), "lacks vocab_size"),
-    (lambda d: (d / "config.json").write_text(json.dumps(raw_config(num_hidden_layers=3))), "gpt_neox.layers.2"),
-])
+@pytest.mark.parametrize(
+    "breakage, named",
+    [
+        (lambda d: edit(d, lambda t: t.pop(BIAS)), f"missing from the file: {BIAS}"),
+        (lambda d: edit(d, lambda t: t.update(extra=torch.ones(2))), "unexpected tensor extra"),
+        (
+            lambda d: edit(d, lambda t: t.update({BIAS: torch.ones(47)})),
+            rf"{BIAS} has shape \[47\], config.json asks for \[48\]",
+        ),
+        (lambda d: truncate(d, 0.7), "model.safetensors: not a readable safetensors file"),
+        (lambda d: truncate(d, 0), "model.safetensors: not a readable safetensors file"),
+        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: missing"),
+        (lambda d: (d / "config.json").unlink(), "no config.json"),
+        (lambda d: (d / "config.json").write_text('{"model_type":'), "config.json: cannot be read"),
+        (lambda d: (d / "config.json").write_text(json.dumps(EMPTY_CONFIG)), "lacks vocab_size"),
+        (
+            lambda d: (d / "config.json").write_text(json.dumps(raw_config(num_hidden_layers=3))),
+            "gpt_neox.layers.2",
+        ),
+    ],
+)
 def test_broken_directories(saved, breakage, named):
     breakage(saved[1])
     with pytest.raises(UserError, match=named):
@@ -240,12 +287,23 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: the peak memory of loading a model is not measured")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="no /proc: the peak memory of loading a model is not measured",
+)
 def test_loading_holds_one_copy(saved, tmp_path):
-    """A model of 200 MB, and the most that a fresh process holds while it loads it: mapped pages of the file count too."""
-    config = NeoXConfig(vocab_size=1000, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, intermediate_size=4096)
+    """A model of 200 MB, and the most that a fresh process holds while it loads it: mapped pages of the file
+    count too."""
+    config = NeoXConfig(
+        vocab_size=1000, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, intermediate_size=4096
+    )
     save_pretrained(NeoX(config), TOKENIZER, tmp_path / "large")
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", LOADER, root, saved[1], tmp_path / "large"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, root, saved[1], tmp_path / "large"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     growth, size = map(int, done.stdout.split())
     assert size > 190e6 and growth < 1.5 * size, (growth, size)

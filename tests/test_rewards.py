@@ -1,18 +1,12 @@
-"""Reward terms, the missing-EOS rule, advantages, the clipped loss and the KL estimators: by hand, by enumeration, and against TRL 1.16."""
-
-import itertools
-import math
-from collections import defaultdict
-from types import SimpleNamespace
+"""Reward terms, their coefficients and the missing-EOS rule: by hand."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from enumeration import Responses
 
 from rlhf.config import UserError
 from rlhf.masked import lengths, masked_mean, masked_sum, mean_logprobs, seq_logprobs
-from rlhf.rewards import ADVANTAGES, REWARDS, clipped_policy_loss, group_normalized, k1, k2, k3, leave_one_out, missing_eos, parse_reward, rlhf_reward
+from rlhf.rewards import COEFFICIENT, REWARDS, missing_eos, parse_reward, rlhf_reward, summed
 
 torch.set_num_threads(1)
 PAD = 99.0  # what the padding holds; no number below may depend on it
@@ -41,12 +35,18 @@ def test_masked_by_hand():
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1.0])
 def test_padding_reaches_neither_value_nor_gradient(garbage):
     x = torch.where(MASK, LOGPROBS, garbage).requires_grad_()
-    for f, value, slope in [(masked_sum, [[-3.0, -6.0]], [[1.0], [1.0]]), (masked_mean, [[-1.5, -1.5]], [[0.5], [0.25]])]:
+    for f, value, slope in [
+        (masked_sum, [[-3.0, -6.0]], [[1.0], [1.0]]),
+        (masked_mean, [[-1.5, -1.5]], [[0.5], [0.25]]),
+    ]:
         close(f(x, MASK), value)
         close(torch.autograd.grad(f(x, MASK).sum(), x)[0], torch.tensor(slope) * MASK)
 
 
 # --- reward terms
+
+# three numbers per response: log pi(y|x), log pi_ref(y|x), |y|
+NUMBERS = torch.tensor([[-3.0, -6.0]]), torch.tensor([[-4.0, -2.0]]), torch.tensor([[2, 4]])
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -56,245 +56,172 @@ def test_padding_reaches_neither_value_nor_gradient(garbage):
     ("minent_length", [[-1.5, -1.5]]),
 ])
 def test_terms_by_hand(name, expected):
-    close(REWARDS[name](LOGPROBS, REF, MASK), expected)
+    close(REWARDS[name](*NUMBERS), expected)
 
 
 def test_every_term_is_tested_by_hand():
     assert set(REWARDS) == {"kl", "maxent", "maxent_length", "minent_length"}
 
 
-@pytest.mark.parametrize("terms, expected", [
-    (["kl"], [[1.0 - 0.1 * 1.0, 2.0 + 0.1 * 4.0]]),  # r - beta (log pi - log pi_ref)
-    (["maxent"], [[1.0 + 0.5 * 3.0, 2.0 + 0.5 * 6.0]]),  # eq. 6
-    (["maxent_length"], [[1.0 + 0.5 * 1.5, 2.0 + 0.5 * 1.5]]),  # eq. 7
-    (["kl", "minent_length"], [[1.0 - 0.1 * 1.0 - 0.5 * 1.5, 2.0 + 0.1 * 4.0 - 0.5 * 1.5]]),
+def test_a_term_gets_the_sums_of_the_kept_tokens_and_their_number(monkeypatch):
+    """What rlhf_reward hands to a term: NUMBERS, of these log-probs; without gradient, whatever the padding
+    holds."""
+    seen = []
+    monkeypatch.setitem(REWARDS, "seen", lambda *numbers: seen.append(numbers) or numbers[0] * 0)
+    rlhf_reward(torch.zeros(1, 2), LOGPROBS.clone().requires_grad_(), REF, MASK, {"score": 1.0, "seen": 1.0})
+    for actual, expected in zip(seen[0], NUMBERS, strict=True):
+        close(actual, expected)
+        assert not actual.requires_grad
+
+
+@pytest.mark.parametrize("coefficients, expected", [
+    ({"kl": 0.1}, [[1.0 - 0.1 * 1.0, 2.0 + 0.1 * 4.0]]),  # r - beta (log pi - log pi_ref)
+    ({"maxent": 0.5}, [[1.0 + 0.5 * 3.0, 2.0 + 0.5 * 6.0]]),  # eq. 6
+    ({"maxent_length": 0.5}, [[1.0 + 0.5 * 1.5, 2.0 + 0.5 * 1.5]]),  # eq. 7
+    ({"kl": 0.1, "minent_length": 0.5}, [[1.0 - 0.1 * 1.0 - 0.5 * 1.5, 2.0 + 0.1 * 4.0 - 0.5 * 1.5]]),
+    ({"maxent": 0.5, "maxent_length": -0.2}, [[1.0 + 0.5 * 3.0 - 0.2 * 1.5, 2.0 + 0.5 * 6.0 - 0.2 * 1.5]]),
+    ({}, [[1.0, 2.0]]),
 ])
-def test_rlhf_reward_by_hand(terms, expected):
+def test_rlhf_reward_by_hand(coefficients, expected):
     logprobs, scores = LOGPROBS.clone().requires_grad_(), torch.tensor([[1.0, 2.0]], requires_grad=True)
-    rewards, bonuses = rlhf_reward(scores, logprobs, REF, MASK, terms=terms, kl_coef=0.1, entropy_coef=0.5)
+    rewards, terms = rlhf_reward(scores, logprobs, REF, MASK, {"score": 1.0, **coefficients})
     close(rewards, expected)
-    assert list(bonuses) == terms
-    assert not rewards.requires_grad and not any(bonus.requires_grad for bonus in bonuses.values())
-    without, same = rlhf_reward(scores, logprobs, REF, MASK, terms=terms, kl_coef=0.0, entropy_coef=0.0)
+    assert list(terms) == list(coefficients)
+    assert not rewards.requires_grad and not any(term.requires_grad for term in terms.values())
+    without, same = rlhf_reward(
+        scores, logprobs, REF, MASK, {"score": 1.0, **dict.fromkeys(coefficients, 0.0)}
+    )
     close(without, [[1.0, 2.0]])
-    assert all(torch.equal(bonuses[term], same[term]) for term in terms)  # free of the coefficients: a run with 0 has curves too
+    # free of the coefficients: a run with 0 has curves too
+    assert all(torch.equal(terms[t], same[t]) for t in terms)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, -2.5])
+def test_the_score_has_a_coefficient_too(coefficient):
+    scores = torch.tensor([[1.0, 2.0]])
+    rewards, terms = rlhf_reward(scores, LOGPROBS, REF, MASK, {"score": coefficient, "maxent": 0.5})
+    close(rewards, [[coefficient + 1.5, 2 * coefficient + 3.0]])
+    assert list(terms) == ["maxent"]
 
 
 def test_kl_of_policy_equal_to_reference_is_zero():
-    assert REWARDS["kl"](LOGPROBS, LOGPROBS, MASK).tolist() == [[0.0, 0.0]]
+    rewards, terms = rlhf_reward(torch.zeros(1, 2), LOGPROBS, LOGPROBS, MASK, {"score": 1.0, "kl": 0.7})
+    assert rewards.tolist() == terms["kl"].tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", REWARDS)
 @pytest.mark.parametrize("garbage", [0.0, 1.0, -50.0, float("nan")])
 def test_terms_do_not_depend_on_padding(name, garbage):
+    coefficients, scores = {"score": 1.0, name: 1.0}, torch.zeros(1, 2)
     longer = [F.pad(torch.where(MASK, x, garbage), (0, 5), value=garbage) for x in (LOGPROBS, REF)]
-    close(REWARDS[name](*longer, F.pad(MASK, (0, 5))), REWARDS[name](LOGPROBS, REF, MASK))
+    padded, _ = rlhf_reward(scores, *longer, F.pad(MASK, (0, 5)), coefficients)
+    close(padded, rlhf_reward(scores, LOGPROBS, REF, MASK, coefficients)[0])
 
 
 def test_fill_is_a_hidden_penalty_on_short_answers():
-    """TRL's INVALID_LOGPROB = 1.0 under eq. 7 takes beta (R - |y|) / |y| from the reward: at beta = 0.1 and R = 53, an answer of 20 tokens
-    loses 0.165, one of 10 tokens 0.43, one without EOS nothing. KL is immune."""
+    """TRL's INVALID_LOGPROB = 1.0 under eq. 7 takes beta (R - |y|) / |y| from the reward: at beta = 0.1 and R
+    = 53, an answer of 20 tokens loses 0.165, one of 10 tokens 0.43, one without EOS nothing. KL is immune."""
     beta, R = 0.1, 53
     mask = torch.arange(R) < torch.tensor([[20, 10, 53]])[..., None]  # (1, 3, R)
     g = torch.Generator().manual_seed(0)
     logprobs, ref = (-torch.rand(1, 3, R, generator=g, dtype=torch.float64) for _ in range(2))
     scores = torch.zeros(1, 3, dtype=torch.float64)
 
-    def rewards(terms, fill):
-        return rlhf_reward(scores, logprobs, ref, mask, terms=terms, kl_coef=beta, entropy_coef=beta, fill=fill)[0]
+    def rewards(term, fill):
+        return rlhf_reward(scores, logprobs, ref, mask, {"score": 1.0, term: beta}, fill)[0]
 
-    close(rewards(["maxent_length"], None) - rewards(["maxent_length"], 1.0), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]])
-    close(rewards(["minent_length"], 1.0) - rewards(["minent_length"], None), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]])
-    close(rewards(["maxent"], None) - rewards(["maxent"], 1.0), [[0.1 * 33, 0.1 * 43, 0.0]])
-    close(rewards(["kl"], 1.0), rewards(["kl"], None))
-    close(rewards(["maxent_length"], 0.0), rewards(["maxent_length"], None))
-    # The twin: the masked reward stays when padding is added, the filled one drifts with it, by beta * 7 / |y| for 7 more positions.
+    close(
+        rewards("maxent_length", None) - rewards("maxent_length", 1.0), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]]
+    )
+    close(
+        rewards("minent_length", 1.0) - rewards("minent_length", None), [[0.1 * 33 / 20, 0.1 * 43 / 10, 0.0]]
+    )
+    close(rewards("maxent", None) - rewards("maxent", 1.0), [[0.1 * 33, 0.1 * 43, 0.0]])
+    close(rewards("kl", 1.0), rewards("kl", None))
+    close(rewards("maxent_length", 0.0), rewards("maxent_length", None))
+    # The twin: the masked reward stays when padding is added, the filled one drifts with it, by beta * 7 /
+    # |y| for 7 more positions.
     wide = [F.pad(x, (0, 7)) for x in (logprobs, ref, mask)]
-    for fill, drift in [(None, [[0.0, 0.0, 0.0]]), (1.0, [[-0.1 * 7 / 20, -0.1 * 7 / 10, -0.1 * 7 / 53]])]:
-        wider = rlhf_reward(scores, *wide, terms=["maxent_length"], kl_coef=0.0, entropy_coef=beta, fill=fill)[0]
-        close(wider - rewards(["maxent_length"], fill), drift)
+    drifts = [(None, [[0.0, 0.0, 0.0]]), (1.0, [[-0.1 * 7 / 20, -0.1 * 7 / 10, -0.1 * 7 / 53]])]
+    for fill, drift in drifts:
+        wider = rlhf_reward(scores, *wide, {"score": 1.0, "maxent_length": beta}, fill)[0]
+        close(wider - rewards("maxent_length", fill), drift)
 
 
-def test_parse_reward():
-    assert parse_reward("maxent_length") == ["maxent_length"]
-    assert parse_reward("kl+minent_length") == ["kl", "minent_length"]
-    with pytest.raises(UserError, match=r"unknown reward term 'entropy' in 'kl\+entropy'; known: kl, maxent, maxent_length, minent_length"):
-        parse_reward("kl+entropy")
-    with pytest.raises(UserError, match="unknown reward term ''"):
-        parse_reward("kl+")
-    with pytest.raises(UserError, match="names 'kl' twice"):
-        parse_reward("kl+kl")
+@pytest.mark.parametrize("fill", [None, 1.0])
+def test_summed_has_no_gradient(fill):
+    logprobs = LOGPROBS.clone().requires_grad_()
+    assert not summed(logprobs, MASK, fill).requires_grad
+    close(summed(logprobs, MASK, fill), [[-3.0, -6.0]] if fill is None else [[-1.0, -6.0]])
+
+
+# --- the reward as it is written
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("kl", {"score": 1.0, "kl": COEFFICIENT}),
+    ("kl:0.05+maxent_length:0.1", {"score": 1.0, "kl": 0.05, "maxent_length": 0.1}),
+    ("maxent_length:0.1+kl", {"score": 1.0, "maxent_length": 0.1, "kl": 0.05}),
+    ("maxent:1e-2", {"score": 1.0, "maxent": 0.01}),
+    ("kl:0", {"score": 1.0, "kl": 0.0}),
+    ("kl:-0.5", {"score": 1.0, "kl": -0.5}),
+    ("score:0", {"score": 0.0}),
+    ("score", {"score": 1.0}),
+    ("minent_length:2+score:0.5", {"score": 0.5, "minent_length": 2.0}),
+    (" kl: 0.1 + maxent:0.2 ", {"score": 1.0, "kl": 0.1, "maxent": 0.2}),
+])
+def test_parse_reward(text, expected):
+    assert parse_reward(text) == expected
+
+
+def test_the_coefficient_of_a_term_without_one():
+    assert COEFFICIENT == 0.05
+
+
+@pytest.mark.parametrize("text, message", [
+    ("kl+entropy", "no term 'entropy'; known: score, kl, maxent, maxent_length, minent_length, as in"),
+    ("kl+", "no term ''"),
+    ("", "no term ''"),
+    (" ", "no term ''"),
+    (":0.1", "no term ''"),
+    ("kl : 0.1", "no term 'kl '"),
+    ("KL", "no term 'KL'"),
+    ("kl+kl", "names 'kl' twice"),
+    ("kl:0.05+maxent+kl:0.1", "names 'kl' twice"),
+    ("score:0+score:1", "names 'score' twice"),
+    ("kl:much", "'much' is no coefficient; it takes a number, as in kl:0.1"),
+    ("kl:0.1:0.2", "'0.1:0.2' is no coefficient"),
+    ("kl:nan", "'nan' is no coefficient"),
+    ("maxent:inf", "'inf' is no coefficient"),
+    ("score:-inf", "'-inf' is no coefficient"),
+])
+def test_a_reward_that_cannot_be_read_is_named(text, message):
+    """One line, with the text as it was given."""
+    with pytest.raises(UserError) as error:
+        parse_reward(text)
+    assert str(error.value).startswith(f"--reward={text}: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # --- missing EOS
 
 
-@pytest.mark.parametrize("rule, penalty, expected", [
-    ("replace", 1.0, [[3.0, -1.0]]), ("subtract", 1.0, [[3.0, 4.0]]), ("subtract", 2.5, [[3.0, 2.5]]), ("none", 1.0, [[3.0, 5.0]])])
+@pytest.mark.parametrize(
+    "rule, penalty, expected",
+    [
+        ("replace", 1.0, [[3.0, -1.0]]),
+        ("subtract", 1.0, [[3.0, 4.0]]),
+        ("subtract", 2.5, [[3.0, 2.5]]),
+        ("none", 1.0, [[3.0, 5.0]]),
+    ],
+)
 def test_missing_eos(rule, penalty, expected):
-    close(missing_eos(torch.tensor([[3.0, 5.0]]), torch.tensor([[True, False]]), rule=rule, penalty=penalty), expected)
+    close(
+        missing_eos(torch.tensor([[3.0, 5.0]]), torch.tensor([[True, False]]), rule=rule, penalty=penalty),
+        expected,
+    )
 
 
 def test_unknown_missing_eos_rule():
     with pytest.raises(UserError, match="unknown missing-EOS rule 'clip'; known: replace, subtract, none"):
         missing_eos(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), rule="clip", penalty=1.0)
-
-
-# --- advantages
-
-
-def test_leave_one_out_by_hand():
-    close(leave_one_out(torch.tensor([[1.0, 2.0, 6.0]])), [[1 - 4, 2 - 3.5, 6 - 1.5]])
-    close(leave_one_out(torch.tensor([[1.0, 4.0], [5.0, 5.0]])), [[-3.0, 3.0], [0.0, 0.0]])
-
-
-@pytest.mark.parametrize("K", [2, 3, 8])
-def test_leave_one_out_identities(K):
-    rewards = torch.randn(5, K, dtype=torch.float64, generator=torch.Generator().manual_seed(K))
-    advantages = leave_one_out(rewards)
-    close(advantages.sum(1), torch.zeros(5))
-    close((K - 1) / K * advantages, rewards - rewards.mean(1, keepdim=True))
-    close(leave_one_out(rewards + torch.arange(5.0)[:, None]), advantages)  # a constant per prompt is no advantage
-
-
-def test_group_normalized_by_hand():
-    """Mean 3, deviations (-2, -1, 3), variance 14/2."""
-    close(group_normalized(torch.tensor([[1.0, 2.0, 6.0]])), torch.tensor([[-2.0, -1.0, 3.0]]) / (math.sqrt(7) + 1e-4))
-    close(group_normalized(torch.tensor([[5.0, 5.0]])), [[0.0, 0.0]])
-
-
-@pytest.mark.parametrize("name", ADVANTAGES)
-def test_advantages_need_a_group(name):
-    with pytest.raises(UserError, match="at least 2 responses per prompt, got 1"):
-        ADVANTAGES[name](torch.zeros(4, 1))
-
-
-def policy_gradient(responses, logits, rewards):
-    """Exact: gradient of sum_y pi(y) R(y) in the logits, R (Y,) a constant."""
-    value = (seq_logprobs(responses.logprobs(logits), responses.mask)[0].exp() * rewards).sum()
-    return torch.autograd.grad(value, logits)[0]
-
-
-def expected_rloo_gradient(responses, logits, scores, k, advantage, terms):
-    """Minus the expected gradient of the mean loss over a group, summed over all Y^k groups (N of them), each with its probability."""
-    groups = torch.tensor(list(itertools.product(range(responses.count), repeat=k)))  # (N, k)
-    mask = responses.mask[0][groups]  # (N, k, R)
-    logprobs = responses.logprobs(logits)[0][groups]  # (N, k, R)
-    probability = seq_logprobs(logprobs, mask).detach().sum(1).exp()  # (N,)
-    rewards, _ = rlhf_reward(scores[groups], logprobs, logprobs * 0.5, mask, terms=terms, kl_coef=0.3, entropy_coef=0.7)
-    losses, _ = clipped_policy_loss(logprobs, logprobs.detach(), advantage(rewards), mask, clip=0.2)
-    return -torch.autograd.grad((probability * losses.mean(1)).sum(), logits)[0]
-
-
-@pytest.mark.parametrize("k", [2, 3])
-@pytest.mark.parametrize("terms", [["kl"], ["maxent"], ["maxent_length"]])
-def test_expected_rloo_gradient_is_the_policy_gradient(k, terms):
-    """By enumeration of every group of k responses: RLOO is unbiased for sum_y grad pi(y) R(y), the bonus being part of the reward R.
-    With the baseline that includes the own sample, the gradient is (k-1)/k of it."""
-    responses = Responses(vocab=3, length=2)
-    g = torch.Generator().manual_seed(3)
-    logits = torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    scores = torch.randn(responses.count, generator=g, dtype=torch.float64)
-    logprobs = responses.logprobs(logits)
-    rewards, _ = rlhf_reward(scores[None], logprobs, logprobs * 0.5, responses.mask, terms=terms, kl_coef=0.3, entropy_coef=0.7)
-    exact = policy_gradient(responses, logits, rewards[0])
-    close(expected_rloo_gradient(responses, logits, scores, k, leave_one_out, terms), exact)
-    own = expected_rloo_gradient(responses, logits, scores, k, lambda r: r - r.mean(1, keepdim=True), terms)
-    close(own, (k - 1) / k * exact)
-    assert (own - exact).abs().max() > 0.01
-
-
-def test_expected_rloo_gradient_of_eq_6_is_that_of_the_entropy_objective():
-    """Eq. 6 in the reward, detached, follows the exact gradient of E[r] + alpha H(pi), eq. 2: the rest, alpha E[grad log pi], is 0."""
-    responses = Responses(vocab=3, length=2)
-    g = torch.Generator().manual_seed(4)
-    logits = torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    scores = torch.randn(responses.count, generator=g, dtype=torch.float64)
-    log_pi = seq_logprobs(responses.logprobs(logits), responses.mask)[0]
-    objective = (log_pi.exp() * (scores - 0.7 * log_pi)).sum()
-    close(expected_rloo_gradient(responses, logits, scores, 2, leave_one_out, ["maxent"]), torch.autograd.grad(objective, logits)[0])
-
-
-# --- clipped policy loss
-
-
-def test_clip_by_hand():
-    """Ratios 1.5 and 0.5 (one token moved by ln 1.5, the other response by ln 0.5 over two tokens), clip 0.2, advantages of both signs.
-    The loss is the larger of -A rho and -A clip(rho); where the clipped branch is larger the gradient is zero."""
-    old = torch.zeros(2, 2, 3)
-    mask = torch.tensor([[True, False, False], [True, True, False]]).expand(2, 2, 3)
-    one = torch.tensor([[math.log(1.5), PAD, PAD], [math.log(0.5) / 2, math.log(0.5) / 2, PAD]])
-    logprobs = one.repeat(2, 1, 1).requires_grad_()  # (2, 2, 3)
-    advantages = torch.tensor([[2.0, 2.0], [-2.0, -2.0]])
-    losses, stats = clipped_policy_loss(logprobs, old, advantages, mask, clip=0.2)
-    close(losses, [[-2.4, -1.0], [3.0, 1.6]])
-    close(stats["ratio"], [[1.5, 0.5], [1.5, 0.5]])
-    assert stats["clipped"].tolist() == [[True, False], [False, True]]
-    losses.sum().backward()
-    close(logprobs.grad, torch.tensor([[[0.0] * 3, [-1.0, -1.0, 0.0]], [[3.0, 0.0, 0.0], [0.0] * 3]]))  # -A rho per kept token, or nothing
-
-
-def test_before_the_first_step_nothing_is_clipped():
-    """pi = pi_old: ratio 1, loss -A, gradient -A for every token of the sequence."""
-    logprobs = LOGPROBS.clone().requires_grad_()
-    losses, stats = clipped_policy_loss(logprobs, logprobs, torch.tensor([[0.5, -2.0]]), MASK, clip=0.2)
-    close(losses, [[-0.5, 2.0]])
-    assert (stats["ratio"] == 1).all() and not stats["clipped"].any() and stats["clipped"].dtype == torch.bool
-    losses.sum().backward()
-    close(logprobs.grad, torch.tensor([[-0.5], [2.0]]) * MASK)
-
-
-def test_clipped_policy_loss_equals_trl():
-    """Values and gradients of RLOOTrainer's own loss on moved log-probs, clip 0.2; a token-level ratio would be another loss."""
-    pytest.importorskip("trl", reason="trl is not installed: the policy loss is not compared with TRL")
-    from trl import RLOOTrainer
-    N, K, R = 5, 3, 7
-    g = torch.Generator().manual_seed(5)
-    mask = torch.arange(R) < torch.randint(1, R + 1, (N, K, 1), generator=g)
-    old = -torch.rand(N, K, R, generator=g, dtype=torch.float64)
-    logprobs = (old + 0.15 * torch.randn(N, K, R, generator=g, dtype=torch.float64)).requires_grad_()
-    advantages = leave_one_out(torch.randn(N, K, generator=g, dtype=torch.float64))
-    metrics = defaultdict(list)
-    accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
-    flat = logprobs.flatten(0, 1)
-    self = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (flat, torch.zeros_like(flat), None), epsilon_low=0.2, epsilon_high=0.2,
-        aux_loss_enabled=False, accelerator=accelerator, model=SimpleNamespace(training=True), _metrics={"train": metrics})
-    keep = mask.flatten(0, 1)
-    prompt = torch.ones(N * K, 1, dtype=torch.long)
-    theirs = RLOOTrainer._compute_loss(self, None, {
-        "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": keep.long(), "completion_mask": keep,
-        "old_logps": seq_logprobs(old, mask).flatten(), "advantages": advantages.flatten()})
-    losses, stats = clipped_policy_loss(logprobs, old, advantages, mask, clip=0.2)
-    close(losses.mean(), theirs.detach())
-    close(*(torch.autograd.grad(loss, logprobs)[0] for loss in (losses.mean(), theirs)))
-    assert 0 < stats["clipped"].double().mean().item() == pytest.approx(metrics["clip_ratio/region_mean"][0])
-    token_ratio = (-advantages[..., None] * (logprobs - old).exp() * mask).sum(-1) / mask.sum(-1)
-    assert (token_ratio.mean() - theirs).abs() > 1e-3
-
-
-# --- KL estimators
-
-
-def test_kl_estimators_by_hand():
-    """p = 0.5, q = 0.25 for the sampled token: q/p = 1/2."""
-    logp, logq = torch.tensor(0.5).log(), torch.tensor(0.25).log()
-    close(k1(logp, logq), math.log(2))
-    close(k2(logp, logq), math.log(2) ** 2 / 2)
-    close(k3(logp, logq), math.log(2) - 0.5)
-    close(-k1(seq_logprobs(LOGPROBS, MASK), seq_logprobs(REF, MASK)), REWARDS["kl"](LOGPROBS, REF, MASK))
-
-
-def test_k1_and_k3_estimate_the_kl_of_their_first_argument():
-    """Expectation over p, by enumeration, per sequence: KL(p || q), not KL(q || p); k2 is biased. Each k2 and k3 is never negative."""
-    responses = Responses(vocab=3, length=3)
-    g = torch.Generator().manual_seed(6)
-    logp, logq = (seq_logprobs(responses.logprobs(torch.randn(responses.prefixes, 3, generator=g, dtype=torch.float64)), responses.mask)[0]
-                  for _ in range(2))
-    forward, backward = (logp.exp() * (logp - logq)).sum(), (logq.exp() * (logq - logp)).sum()
-    assert (forward - backward).abs() > 0.05
-    for estimator in (k1, k3):
-        close((logp.exp() * estimator(logp, logq)).sum(), forward)
-    assert ((logp.exp() * k2(logp, logq)).sum() - forward).abs() > 0.01
-    assert (k3(logp, logq) >= 0).all() and (k2(logp, logq) >= 0).all() and (k1(logp, logq) < 0).any()
-    close(k2(logp, logq), k2(logq, logp))

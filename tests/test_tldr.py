@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import tldr
-from data.tldr import CNNDM, EOS, PAD, TLDR, Config, main, make_prompts, make_responses
+from data import rows as data_rows
+from data import tldr, tldr_prompts
+from data.rows import EOS, PAD
+from data.tldr import Config, main
+from data.tldr_prompts import CNNDM, TLDR, Template, make_prompts, make_responses
 from rlhf.config import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -60,50 +63,50 @@ def size(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text).ids)
 
 
-def naive(tokenizer: Tokenizer, task: tldr.Task, fields: dict) -> str:
+def naive(tokenizer: Tokenizer, template: Template, fields: dict) -> str:
     """Recipe 1.3, letter by letter: the post that is left."""
     fields = dict(fields)
-    while size(tokenizer, task.template.format(**fields)) > task.limit:
-        if not fields[task.field]:
+    while size(tokenizer, template.text.format(**fields)) > template.limit:
+        if not fields[template.field]:
             raise ValueError
         try:
-            i = fields[task.field].rindex("\n")
+            i = fields[template.field].rindex("\n")
         except ValueError:
             i = -1
-        fields[task.field] = fields[task.field][:i]
-    return fields[task.field]
+        fields[template.field] = fields[template.field][:i]
+    return fields[template.field]
 
 
-def bisected(tokenizer: Tokenizer, task: tldr.Task, fields: dict) -> str:
+def bisected(tokenizer: Tokenizer, template: Template, fields: dict) -> str:
     """Only right if the number of tokens rose with every character."""
-    low, high = 0, len(fields[task.field])  # `low` characters fit, `high` do not
+    low, high = 0, len(fields[template.field])  # `low` characters fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2
-        fits = size(tokenizer, task.template.format(**fields | {task.field: fields[task.field][:middle]})) <= task.limit
+        fits = size(tokenizer, template.text.format(**fields | {template.field: fields[template.field][:middle]})) <= template.limit
         low, high = (middle, high) if fits else (low, middle)
-    return fields[task.field][:low]
+    return fields[template.field][:low]
 
 
-def row(task: tldr.Task = TLDR, **fields) -> dict:
-    return {"where": "made.jsonl, row 1", "task": task, "id": "made", "fields": FIELDS | fields}
+def row(template: Template = TLDR, **fields) -> dict:
+    return {"where": "made.jsonl, row 1", "template": template, "id": "made", "fields": FIELDS | fields}
 
 
 def kept(tokenizer: Tokenizer, rows: list[dict]) -> list[str]:
     """What make_prompts leaves of the posts; checks that its three answers agree."""
     queries, ids, lost = make_prompts(tokenizer, rows)
-    posts = [r["fields"][r["task"].field] for r in rows]
+    posts = [r["fields"][r["template"].field] for r in rows]
     posts = [post[: len(post) - n] for post, n in zip(posts, lost)]
     for r, post, query, tokens in zip(rows, posts, queries, ids):
-        text = r["task"].template.format(**r["fields"] | {r["task"].field: post})
+        text = r["template"].text.format(**r["fields"] | {r["template"].field: post})
         assert query == tokenizer.normalizer.normalize_str(text).strip() and tokens == tokenizer.encode(query).ids
-        assert size(tokenizer, text) <= r["task"].limit
+        assert size(tokenizer, text) <= r["template"].limit
     return posts
 
 
 def post_of(tokenizer: Tokenizer, tokens: int, newlines: bool) -> str:
     """A post whose whole prompt has exactly so many tokens; without newlines it has about one character a token."""
     post = "a"
-    while missing := tokens - size(tokenizer, TLDR.template.format(**FIELDS | {"post": post})):
+    while missing := tokens - size(tokenizer, TLDR.text.format(**FIELDS | {"post": post})):
         assert missing > 0
         line = "\nit" + " it" * (min(missing, 40) - 2) if missing > 1 else " it"
         post += line if newlines else (" a" + "1a" * 9)[: missing + 1]
@@ -131,20 +134,20 @@ def test_posts_around_the_limit(tokenizer, newlines):
 def test_post_of_2000_tokens_is_cut_in_few_encodings(tiny, monkeypatch, newlines):
     long, counts = row(post=post_of(tiny, 2000, newlines)), []
     expected = naive(tiny, TLDR, long["fields"])
-    encode = tldr.encode
-    monkeypatch.setattr(tldr, "encode", lambda tokenizer, texts: counts.append(len(texts)) or encode(tokenizer, texts))
+    encode = tldr_prompts.encode
+    monkeypatch.setattr(tldr_prompts, "encode", lambda tokenizer, texts: counts.append(len(texts)) or encode(tokenizer, texts))
     assert kept(tiny, [long]) == [expected]
     assert sum(counts) < 20 < (len(long["fields"]["post"]) - len(expected)) / (120 if newlines else 1)
 
 
 def test_random_posts_equal_the_naive_loop_and_a_wrong_bound_does_not(tokenizer, monkeypatch):
     rng = random.Random(0)
-    base = size(tokenizer, TLDR.template.format(**FIELDS | {"post": ""}))
+    base = size(tokenizer, TLDR.text.format(**FIELDS | {"post": ""}))
     rows = [row(replace(TLDR, limit=base + rng.randrange(30)), post=random_post(rng, rng.randrange(1, 40), i % 2 == 0)) for i in range(300)]
-    expected = [naive(tokenizer, r["task"], r["fields"]) for r in rows]
+    expected = [naive(tokenizer, r["template"], r["fields"]) for r in rows]
     assert sum(post != r["fields"]["post"] for post, r in zip(expected, rows)) > 150
     assert kept(tokenizer, rows) == expected
-    monkeypatch.setattr(tldr, "most_that_can_fit", lambda *args, right=tldr.most_that_can_fit: right(*args) - 8)
+    monkeypatch.setattr(tldr_prompts, "most_that_can_fit", lambda *args, right=tldr_prompts.most_that_can_fit: right(*args) - 8)
     assert sum(a != b for a, b in zip(kept(tokenizer, rows), expected)) > 20
 
 
@@ -153,29 +156,29 @@ def test_bisection_would_be_wrong(tokenizer):
     rng, rows = random.Random(1), []
     for _ in range(60):
         start = "".join(" " + rng.choice(WORDS[:7]) for _ in range(20)) + " Mississippi"
-        limit = size(tokenizer, TLDR.template.format(**FIELDS | {"post": start}))
-        assert size(tokenizer, TLDR.template.format(**FIELDS | {"post": start[:-1]})) > limit
+        limit = size(tokenizer, TLDR.text.format(**FIELDS | {"post": start}))
+        assert size(tokenizer, TLDR.text.format(**FIELDS | {"post": start[:-1]})) > limit
         rows.append(row(replace(TLDR, limit=limit), post=start + "".join(" " + rng.choice(WORDS[:7]) for _ in range(rng.randrange(1, 20)))))
-    expected = [naive(tokenizer, r["task"], r["fields"]) for r in rows]
+    expected = [naive(tokenizer, r["template"], r["fields"]) for r in rows]
     assert all(post.rstrip().endswith("Mississippi") for post in expected)
     assert kept(tokenizer, rows) == expected
-    assert sum(bisected(tokenizer, r["task"], r["fields"]) != post for r, post in zip(rows, expected)) > 10
+    assert sum(bisected(tokenizer, r["template"], r["fields"]) != post for r, post in zip(rows, expected)) > 10
 
 
 def test_other_tokenizers_take_every_step():
     """Without a split at spaces the bound has no proof; there the result is the naive loop's all the same."""
     whole = train_tiny(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    assert not tldr.splits_at_spaces(whole) and tldr.splits_at_spaces(train_tiny())
-    assert tldr.most_that_can_fit(whole, TLDR, FIELDS | {"post": "it " * 900}) == 2700
+    assert not tldr_prompts.splits_at_spaces(whole) and tldr_prompts.splits_at_spaces(train_tiny())
+    assert tldr_prompts.most_that_can_fit(whole, TLDR, FIELDS | {"post": "it " * 900}) == 2700
     rng = random.Random(2)
-    base = size(whole, TLDR.template.format(**FIELDS | {"post": ""}))
+    base = size(whole, TLDR.text.format(**FIELDS | {"post": ""}))
     rows = [row(replace(TLDR, limit=base + 15), post=random_post(rng, 30, False)) for _ in range(20)]
-    assert kept(whole, rows) == [naive(whole, r["task"], r["fields"]) for r in rows]
+    assert kept(whole, rows) == [naive(whole, r["template"], r["fields"]) for r in rows]
 
 
 def test_newline_rule_by_hand(tiny):
     """Cut at the last newline, which goes too, however much is lost; then character by character."""
-    limit = size(tiny, TLDR.template.format(**FIELDS | {"post": "it it"}))
+    limit = size(tiny, TLDR.text.format(**FIELDS | {"post": "it it"}))
     post = "it it it\n\nmy dog\n" + "a" * 30
     assert kept(tiny, [row(replace(TLDR, limit=limit), post=post)]) == ["it it"]  # "it it it" has one token too many, "it it " too
     assert kept(tiny, [row(replace(TLDR, limit=limit + 1), post=post)]) == ["it it it"]
@@ -195,7 +198,7 @@ def test_template_byte_for_byte(tokenizer):
 
 def test_cnndm_prompt_is_cut_with_its_newline_and_stored_without(tokenizer):
     article = "it " * 1920 + "my dog"
-    long = {"where": "", "task": CNNDM, "id": "", "fields": {"article": article}}
+    long = {"where": "", "template": CNNDM, "id": "", "fields": {"article": article}}
     assert kept(tokenizer, [long]) == [naive(tokenizer, CNNDM, long["fields"])]
     (query,), (ids,), _ = make_prompts(tokenizer, [{**long, "fields": {"article": "The goat won."}}])
     assert query == "Article:\nThe goat won.\n\nTL;DR:"
@@ -302,6 +305,7 @@ def test_tables(tmp_path, tiny, tiny_file, capsys):
 def test_jsonl_and_parquet_and_chunks_give_the_same_tables(tmp_path, tiny_file, monkeypatch):
     parquet = prepare(tmp_path, tiny_file, source_rows(), "parquet")
     monkeypatch.setattr(tldr, "CHUNK", 2)
+    monkeypatch.setattr(data_rows, "CHUNK", 2)
     assert prepare(tmp_path, tiny_file, source_rows(), "jsonl") == parquet
     assert pq.ParquetFile(tmp_path / "out_jsonl/sft_train.parquet").num_row_groups == 4
     changed = source_rows()
@@ -335,27 +339,134 @@ def test_ties_limit_and_overwrite(tmp_path, tiny_file, capsys):
     assert {name: len(table) for name, table in tables.items() if name != "other"} == sizes and "other" in tables
 
 
-def test_hub_files_are_those_of_the_parquet_branch(tmp_path, tiny_file, monkeypatch):
-    """A stand-in for the hub: comparisons/train and tldr_3_filtered/train come in two shards."""
-    expected, asked = prepare(tmp_path, tiny_file, source_rows()), []
+INFO = pa.struct([(name, pa.string()) for name in "id post title subreddit site article".split()])
+SUMMARY = pa.struct([(name, pa.string()) for name in "text policy note".split()])
+HUB_SCHEMA = {  # the columns and types that the two data sets have on the hub
+    "tldr_3_filtered": pa.schema([(name, pa.string()) for name in "id subreddit title post summary".split()]),
+    "comparisons": pa.schema([("info", INFO), ("summaries", pa.list_(SUMMARY)), ("choice", pa.int32()), ("worker", pa.string()),
+                              ("batch", pa.string()), ("split", pa.string()), ("extra", pa.struct([("confidence", pa.int32())]))]),
+}
+
+
+def from_hub(tmp_path: Path, tokenizer: str, rows: dict[str, list[dict]], monkeypatch, **options) -> tuple[dict[str, list[dict]], list]:
+    """Tables prepared from a stand-in for the hub, and what it was asked: comparisons/train and tldr_3_filtered/train come in two shards."""
+    asked = []
 
     def download(repo, *, repo_type, revision, allow_patterns):
         asked.append((repo, repo_type, revision, allow_patterns))
         folder, config = ("comparisons", "comparisons") if repo.startswith("openai/") else ("tldr_3_filtered", "default")
         split = allow_patterns.split("/")[1]
-        rows, target = source_rows()[f"{folder}/{split}"], tmp_path / "hub" / folder / config / split
+        table, target = rows[f"{folder}/{split}"], tmp_path / "hub" / folder / config / split
         target.mkdir(parents=True, exist_ok=True)
-        for i, shard in enumerate((rows[:3], rows[3:]) if split == "train" else (rows,)):
-            pq.write_table(pa.Table.from_pylist(shard), target / f"000{i}.parquet")
+        for i, shard in enumerate((table[:3], table[3:]) if split == "train" else (table,)):
+            pq.write_table(pa.Table.from_pylist(shard, HUB_SCHEMA[folder]), target / f"000{i}.parquet")
         return str(tmp_path / "hub" / folder)
 
     monkeypatch.setattr(tldr, "snapshot_download", download)
-    main(Config(out_dir=str(tmp_path / "hub_out"), tokenizer=tiny_file))
-    assert {path.stem: pq.read_table(path).to_pylist() for path in (tmp_path / "hub_out").glob("*.parquet")} == expected
+    main(Config(out_dir=str(tmp_path / "hub_out"), tokenizer=tokenizer, **options))
+    return {path.stem: pq.read_table(path).to_pylist() for path in (tmp_path / "hub_out").glob("*.parquet")}, asked
+
+
+def test_hub_files_are_those_of_the_parquet_branch(tmp_path, tiny_file, monkeypatch):
+    tables, asked = from_hub(tmp_path, tiny_file, source_rows(), monkeypatch)
+    assert tables == prepare(tmp_path, tiny_file, source_rows())
     assert ("openai/summarize_from_feedback", "dataset", "refs/convert/parquet", "comparisons/train/*.parquet") in asked
     monkeypatch.setattr(tldr, "snapshot_download", lambda repo, **_: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(UserError, match="cannot download vwxyzjn/summarize_from_feedback_tldr_3_filtered: no network; --source="):
         main(Config(out_dir=str(tmp_path / "hub_out2"), tokenizer=tiny_file))
+
+
+def test_five_comparisons_without_an_id_are_prepared_to_the_end(tmp_path, tiny_file, monkeypatch):
+    """As on the hub: the last rows of comparisons/validation, batch edit_b2_eval_test, have no id."""
+    rows, nameless = source_rows(), [pair(20 + i, "edit_b2_eval_test") for i in range(5)]
+    for made in nameless:
+        made["info"]["id"] = None
+    rows["comparisons/validation"] += nameless
+    tables, _ = from_hub(tmp_path, tiny_file, rows, monkeypatch)
+    assert json.loads((tmp_path / "hub_out/meta.json").read_text())["splits"]["pairs_validation"] == 9
+    assert [r["id"] for r in tables["pairs_validation"]] == ["c3", "c4", "c8", "c9"] + [""] * 5
+    named = source_rows()
+    named["comparisons/validation"] += [pair(20 + i, "edit_b2_eval_test") for i in range(5)]
+    expected = prepare(tmp_path, tiny_file, named)
+    assert all(r | {"id": ""} == e | {"id": ""} for r, e in zip(tables["pairs_validation"], expected["pairs_validation"], strict=True))
+    assert all(tables[name] == expected[name] for name in expected if name != "pairs_validation")
+
+
+OPTIONAL = {  # column: the columns of the prepared table that then hold a default
+    "id": {"id": ""}, "info.id": {"id": ""}, "info.site": {}, "info.article": {}, "worker": {}, "split": {"split": ""},
+    "extra": {"confidence": -1}, "extra.confidence": {"confidence": -1}, "summaries.0.note": {},
+    "summaries.0.policy": {"rejected_policy": ""}, "summaries.1.policy": {"chosen_policy": ""},
+}
+
+
+def change(made: dict, column: str, missing: bool) -> dict:
+    """A copy of the row without that column, or with null in it."""
+    made = json.loads(json.dumps(made))
+    *path, last = column.split(".")
+    item = made
+    for key in path:
+        item = item[int(key) if key.isdigit() else key]
+    if missing:
+        del item[last]
+    else:
+        item[last] = None
+    return made
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["null", "missing"])
+@pytest.mark.parametrize("column", OPTIONAL)
+def test_what_no_prompt_needs_may_be_null_or_missing(tmp_path, tiny_file, column, missing):
+    name, table = ("tldr_3_filtered/test", "sft_test") if column == "id" else ("comparisons/train", "pairs_train")
+    whole = sft(1) if column == "id" else pair(1)
+    rows = source_rows() | {name: [whole, change(whole, column, missing)]}
+    full, lacking = prepare(tmp_path, tiny_file, rows, "jsonl")[table]
+    assert lacking == full | OPTIONAL[column]
+
+
+@pytest.mark.parametrize("column", ["info.post", "info.title", "info.subreddit"])
+def test_an_article_needs_nothing_of_a_reddit_post(tmp_path, tiny_file, column):
+    rows = source_rows() | {"comparisons/validation": [pair(1, "cnndm2"), change(pair(1, "cnndm2"), column, True)]}
+    full, lacking = prepare(tmp_path, tiny_file, rows, "jsonl")["pairs_validation_cnndm"]
+    assert lacking == full
+
+
+def test_a_bad_row_is_named_before_anything_is_tokenised_or_removed(tmp_path, tiny_file, monkeypatch):
+    prepare(tmp_path, tiny_file, source_rows(), "jsonl")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()}
+    rows = source_rows()
+    rows["comparisons/validation"].append(pair(11, info=pair(11)["info"] | {"title": None}))
+    monkeypatch.setattr(tldr_prompts, "encode", lambda *args: pytest.fail("tokenised"))
+    with pytest.raises(UserError, match="comparisons/validation.jsonl, row 11: column 'info.title' is null, which is no str"):
+        prepare(tmp_path, tiny_file, rows, "jsonl", overwrite=True, limit=2)  # the limit hides no fault
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()} == before
+
+
+def test_a_written_end_of_text_is_counted(tmp_path, tiny_file, capsys):
+    rows = source_rows()
+    rows["tldr_3_filtered/train"][0]["post"] += EOS
+    for i, side in ((0, 0), (0, 1), (3, 1)):  # a pair with two of them counts once
+        rows["comparisons/train"][i]["summaries"][side]["text"] += f" {EOS} left"
+    tables = prepare(tmp_path, tiny_file, rows)
+    counted = {name: table["eos_in_text"] for name, table in json.loads((tmp_path / "out_parquet/meta.json").read_text())["tables"].items()}
+    assert counted == dict.fromkeys(counted, 0) | {"sft_train": 1, "pairs_train": 2}
+    assert f"3 rows with {EOS} in a text: kept as text" in capsys.readouterr().out
+    assert tables["pairs_train"][0]["chosen"].endswith(f"{EOS} left") and tables["pairs_train"][0]["chosen_token"].count(0) == 1
+
+
+def test_a_batch_with_two_names_is_counted_and_once_on_request(tmp_path, tiny_file, capsys):
+    rows = source_rows()
+    twice = [pair(i, batch) for batch in tldr.SAME_BATCHES for i in range(30, 33)]
+    other = [pair(30, "cnndm2"), pair(30, "cnndm0")]  # a repetition within a batch, or in a third one, may be another worker's
+    rows["comparisons/validation"] = [pair(3), *twice, *other]
+    kept = prepare(tmp_path, tiny_file, rows)["pairs_validation_cnndm"]
+    assert [r["id"] for r in kept] == ["c30", "c31", "c32"] * 2 + ["c30", "c30"]
+    out = capsys.readouterr().out
+    assert "4 pairs in both of the CNN/DM batches batch0_cnndm and cnndm0: kept, as in N+; --cnndm_once drops them" in out
+    once = prepare(tmp_path, tiny_file, rows, overwrite=True, cnndm_once=True)["pairs_validation_cnndm"]
+    assert [(r["id"], r["batch"]) for r in once] == [("c30", "batch0_cnndm"), ("c31", "batch0_cnndm"), ("c32", "batch0_cnndm"), ("c30", "cnndm2")]
+    meta = json.loads((tmp_path / "out_parquet/meta.json").read_text())
+    assert meta["tables"]["pairs_validation_cnndm"]["repeated"] == 4 and meta["tables"]["pairs_validation"]["repeated"] == 0
+    assert "batch0_cnndm and cnndm0: dropped" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- errors
@@ -365,13 +476,19 @@ def without(made: dict, column: str) -> dict:
 
 BAD = {
     "no summary": ("tldr_3_filtered/train", [without(sft(1), "summary")], "train.jsonl, row 1: no column 'summary'"),
-    "null post": ("tldr_3_filtered/test", [sft(1), sft(2, post=None)], "test.jsonl, row 2: column 'post' is 'None', which is no str"),
+    "null post": ("tldr_3_filtered/test", [sft(1), sft(2, post=None)], "test.jsonl, row 2: column 'post' is null, which is no str"),
     "no rows": ("tldr_3_filtered/validation", [], "validation.jsonl: no rows"),
     "no choice": ("comparisons/train", [without(pair(1), "choice")], "train.jsonl, row 1: no column 'choice'"),
     "choice 2": ("comparisons/train", [pair(1, choice=2)], "train.jsonl, row 1: column 'choice' is 2 of 2 summaries"),
     "no text": ("comparisons/train", [pair(1, summaries=[{}, {}])], "train.jsonl, row 1: no column 'summaries.1.text'"),
     "no article": ("comparisons/validation", [pair(1, "cnndm0", info={})], "validation.jsonl, row 1: no column 'info.article'"),
-    "no extra": ("comparisons/validation", [without(pair(1), "extra")], "validation.jsonl, row 1: no column 'extra'"),
+    "null summary": ("tldr_3_filtered/train", [sft(1, summary=None)], "train.jsonl, row 1: column 'summary' is null, which is no str"),
+    "null text": ("comparisons/train", [change(pair(1), "summaries.0.text", False)], "row 1: column 'summaries.0.text' is null, which is no str"),
+    "null subreddit": ("comparisons/train", [change(pair(1), "info.subreddit", False)], "row 1: column 'info.subreddit' is null"),
+    "null article": ("comparisons/validation", [change(pair(1, "cnndm0"), "info.article", False)], "row 1: column 'info.article' is null"),
+    "null choice": ("comparisons/train", [pair(1, choice=None)], "train.jsonl, row 1: column 'choice' is null, which is no int"),
+    "null batch": ("comparisons/validation", [pair(1, batch=None)], "validation.jsonl, row 1: column 'batch' is null, which is no str"),
+    "a worker's text as confidence": ("comparisons/train", [pair(1, extra={"confidence": "7"})], "column 'extra.confidence' is '7', which is no int"),
     "long title": ("tldr_3_filtered/train", [sft(1, title="dog " * 600)], "train.jsonl, row 1: column 'post' is cut to nothing"),
     "no object": ("comparisons/train", [3], "train.jsonl, row 1: cannot be read"),
 }
@@ -396,7 +513,7 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
         return str(error.value)
 
     assert message(source="nowhere") == '--source nowhere: neither "hub" nor a directory'
-    assert message(limit=-1).startswith("--limit must be at least 0")
+    assert message(limit=-1).startswith("--limit=-1 must be at least 0")
     other = train_tiny()
     spec = json.loads(other.to_str())
     spec["added_tokens"] = spec["added_tokens"][1:]
@@ -404,7 +521,7 @@ def test_bad_sources_and_tokenizers(tmp_path, tiny_file, monkeypatch):
     assert f"{EOS} must have id 0, it has None" in message(tokenizer=str(tmp_path / "other.json"))
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json: not a tokenizer.json" in message(tokenizer=str(tmp_path / "broken.json"))
-    monkeypatch.setattr(tldr, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(data_rows, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     assert message(tokenizer="some/model") == "--tokenizer some/model: not a file, and no tokenizer.json on the hub: no network"
     (tmp_path / "source/comparisons/train.jsonl").unlink()
     assert "no comparisons/train.parquet or .jsonl" in message()
@@ -448,9 +565,9 @@ def test_200_real_posts_equal_the_naive_loop():
         fields = {name: post[name].replace("\n", " " if i % 2 else "\n") for name in FIELDS}
         if size(pythia, fields["post"]) < 40:
             continue  # too short to lose so much
-        rows.append(row(replace(TLDR, limit=size(pythia, TLDR.template.format(**fields)) - rng.randrange(1, 25)), **fields))
+        rows.append(row(replace(TLDR, limit=size(pythia, TLDR.text.format(**fields)) - rng.randrange(1, 25)), **fields))
     posts = kept(pythia, rows)
-    assert len(rows) >= 200 and posts == [naive(pythia, r["task"], r["fields"]) for r in rows]
+    assert len(rows) >= 200 and posts == [naive(pythia, r["template"], r["fields"]) for r in rows]
     assert all(len(post) < len(r["fields"]["post"]) for post, r in zip(posts, rows))
 
 

@@ -456,7 +456,7 @@ def test_check_prints_the_labels_bayes_accuracy_and_each_writers_faults(capsys):
 def test_a_full_directory_is_refused(world, tmp_path, capsys):
     with pytest.raises(UserError, match="not empty.*--overwrite"):
         toy.main(toy.Config(out_dir=str(world), **SMALL))
-    with pytest.raises(UserError, match="--pairs must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--pairs=0 must be at least 1"):
         toy.main(toy.Config(out_dir=str(tmp_path / "none"), **SMALL | {"pairs": 0}))
     assert not (tmp_path / "none").exists()
 

@@ -1,4 +1,5 @@
-"""Random GPT-NeoX models, here and in transformers, with the same weights; and the plainest attention there is."""
+"""Random GPT-NeoX models, here and in transformers, with the same weights; and the plainest attention there
+is."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,13 +15,17 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
 
-# Of float32, relative to the largest entry of a tensor. Rounding alone makes 4e-6 (values) and 1.3e-5 (gradients).
+# Of float32, relative to the largest entry of a tensor. Rounding alone makes 4e-6 (values) and 1.3e-5
+# (gradients).
 TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4
 WIDE = 1e-2  # a wrong formula is off by at least this much
 
 # config.json in the old spelling of the rotary settings; widths and head counts that are not powers of two
-RAW = {"model_type": "gpt_neox", "vocab_size": 61, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80,
-       "max_position_embeddings": 128, "rotary_pct": 0.25, "rotary_emb_base": 10000, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+RAW = {
+    "model_type": "gpt_neox", "vocab_size": 61, "hidden_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "intermediate_size": 80, "max_position_embeddings": 128, "rotary_pct": 0.25,
+    "rotary_emb_base": 10000, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+}
 NEW_ROPE = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 300.0}
 
 VARIANTS = {
@@ -34,8 +39,10 @@ VARIANTS = {
     "tied embeddings": {"tie_word_embeddings": True},
     "no attention bias": {"attention_bias": False},
     "layer norm eps": {"layer_norm_eps": 0.05},
-    "all at once": {"use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False, "hidden_act": "relu", "rotary_pct": None,
-                    "rotary_emb_base": None, "rope_parameters": NEW_ROPE},
+    "all at once": {
+        "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False,
+        "hidden_act": "relu", "rotary_pct": None, "rotary_emb_base": None, "rope_parameters": NEW_ROPE,
+    },
 }
 
 
@@ -45,7 +52,8 @@ def raw_config(variant: str = "parallel residual", **changes) -> dict:
 
 
 def pair(raw: dict, head: str = "embed_out", seed: int = 0, dtype: torch.dtype = torch.float32):
-    """(ours, transformers') with equal random weights: every parameter has std 0.5, biases and layer norms (around 1) too."""
+    """(ours, transformers') with equal random weights: every parameter has std 0.5, biases and layer norms
+    (around 1) too."""
     config = GPTNeoXConfig.from_dict(raw | ({"num_labels": 1} if head == "score" else {}))
     config._attn_implementation = "eager"
     theirs = (GPTNeoXForCausalLM if head == "embed_out" else GPTNeoXForSequenceClassification)(config)
@@ -94,7 +102,8 @@ def worst_gradient(ours: NeoX, theirs) -> float:
 
 
 def random_groups(lengths: list[list[int]], vocab: int = 61, seed: int = 0, ended: bool = False):
-    """Prompts of uneven length and K responses each with these lengths; tokens never are padding. ended: each response ends with EOS."""
+    """Prompts of uneven length and K responses each with these lengths; tokens never are padding. ended: each
+    response ends with EOS."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n: int) -> list[int]:
@@ -120,7 +129,9 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the cat"] * 3, trainer)
     return tokenizer

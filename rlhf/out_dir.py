@@ -1,0 +1,184 @@
+"""--out_dir: new, replaced, or gone on with. Nothing in it is lost before something better is there.
+
+It belongs to one script (run.json) and to one process at a time (.lock), and it is no input of that script.
+What --overwrite replaces is renamed, and deleted when the new run has a checkpoint or a result.
+"""
+
+import fcntl
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from rlhf.config import UserError
+from rlhf.files import check_apart, remove, write_file
+from rlhf.pretrained import read_json
+
+
+def script_of(config) -> str:
+    return Path(inspect.getfile(type(config))).stem
+
+
+def describe(config) -> dict:
+    """What run.json says of a run at its start."""
+    device = f"cpu x {torch.get_num_threads()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "script": script_of(config),
+        "command": " ".join(sys.argv),
+        "config": asdict(config),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "device": device,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def commit() -> str | None:
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except OSError:  # no git here
+        return None
+    return git.stdout.strip() or None
+
+
+def is_new(out: Path) -> bool:
+    """Nothing there, or no more than a kill leaves before run.json is written."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another --out_dir")
+    return not out.exists() or {path.name for path in out.iterdir()} <= {".lock", "run.json.writing"}
+
+
+def read_about(out: Path) -> dict:
+    """run.json of an earlier run."""
+    if not (out / "run.json").exists():
+        raise UserError(f"{out} is not empty and holds no run.json, so it is not a run of ours: "
+                        "choose another --out_dir")
+    about = read_json(out / "run.json")
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+        raise UserError(f"{out}/run.json does not describe a run; remove {out}, or choose another --out_dir")
+    return about
+
+
+def check_out_dir(config, *inputs: str) -> dict:
+    """run.json of what lies in --out_dir, {} if that is a new directory. Touches nothing. Raises UserError if
+    it is neither new nor a run of the same script, or if it is an input."""
+    out = Path(config.out_dir)
+    check_apart(config.out_dir, *inputs)
+    if config.overwrite and getattr(config, "resume", False):
+        raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if is_new(out):
+        return {}
+    about = read_about(out)
+    script = about.get("script") or Path(str(about.get("command")).split()[0]).stem
+    if script != script_of(config):
+        raise UserError(f"{out} is a run of {script}.py: choose another --out_dir")
+    return about
+
+
+def changes(about: dict, config, may_change: set[str]) -> dict[str, list]:
+    """{option: [what it was, what it is]} of an earlier run and one that would go on with it."""
+    old = about["config"]
+    now = {key: value for key, value in asdict(config).items() if key not in may_change}
+    return {key: [old[key], value] for key, value in now.items() if key in old and old[key] != value}
+
+
+def named(changed: dict[str, list]) -> str:
+    return "; ".join(f"--{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+
+
+HELD: dict[Path, int] = {}  # locks of this process
+
+
+def lock(out: Path) -> None:
+    """One process per directory. However the process ends, the system takes the lock back."""
+    path = out.resolve() / ".lock"
+    unlock(out)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"{out}: another process is writing this run (it holds {path}): wait for it, end it, "
+                        "or choose another --out_dir") from error
+    except OSError:  # a file system without locks
+        pass
+    HELD[path] = handle
+
+
+def unlock(out: Path) -> None:
+    path = out.resolve() / ".lock"
+    if path in HELD:
+        os.close(HELD.pop(path))
+
+
+def replaced(out: Path) -> Path:
+    """Where --overwrite keeps the old run until the new one has something to show."""
+    return out.resolve().with_name(f".{out.resolve().name}.replaced")
+
+
+def has_shown(out: Path) -> bool:
+    """A checkpoint or a result."""
+    return (out / "result.json").exists() or any(out.glob("ckpt/step_*"))
+
+
+def set_aside(out: Path) -> None:
+    kept = replaced(out)
+    if kept.exists() and not has_shown(out):
+        remove(out.resolve())  # a new run that came to nothing; the old one stays kept
+        return
+    if kept.exists():
+        remove(kept)
+    out.resolve().rename(kept)
+    print(f"{out}: what was there is kept as {kept} until the new run has something to show")
+
+
+def forget_replaced(out: Path) -> None:
+    if replaced(out).exists():
+        remove(replaced(out))
+
+
+def enter(config, about: dict, inputs: dict | None = None) -> None:
+    """Makes --out_dir, of which check_out_dir said `about`, this process's own: locked, and with a run.json.
+    --overwrite sets aside what is there."""
+    out = Path(config.out_dir)
+    if about:
+        lock(out)
+        if config.overwrite:
+            set_aside(out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    if is_new(out):
+        written = describe(config) | ({"inputs": inputs} if inputs else {})
+        write_file(out / "run.json", json.dumps(written, indent=2) + "\n")
+    elif not about:
+        raise UserError(f"{out}: another process has begun a run there: choose another --out_dir")
+
+
+def open_directory(config, *inputs: str, may_change: set[str], go_on: bool = False) -> Path:
+    """For scripts without checkpoints: --out_dir, new, replaced (--overwrite) or, with the same settings, as
+    it was left (--resume, or `go_on`). `inputs` are paths that must not be touched."""
+    out = Path(config.out_dir)
+    about = check_out_dir(config, *inputs)
+    if about and not config.overwrite:
+        if changed := changes(about, config, may_change):
+            raise UserError(f"{out} was made with other settings ({named(changed)}): "
+                            "--overwrite it or choose another --out_dir")
+        if not (go_on or getattr(config, "resume", False)):
+            raise UserError(exists(out, resumable=hasattr(config, "resume")))
+    enter(config, about)
+    return out
+
+
+def exists(out: Path, resumable: bool = True) -> str:
+    go_on = "continue it with --resume, " if resumable else ""
+    return f"{out} exists: {go_on}replace it with --overwrite, or choose another --out_dir"

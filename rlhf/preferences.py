@@ -1,0 +1,150 @@
+"""What a preference loss reads beside log-probs: columns of the table, and what models compute.
+
+A batch is a dict of columns, one entry per prompt: `prompts`, `responses` (best first), and what the loss
+reads beside them, by the names in its signature (`extras` in losses.py). Nothing else is read or computed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf.config import UserError
+from rlhf.data import check_tables, has_column, read_table
+from rlhf.forward import TokenStats, token_stats
+from rlhf.groups import Groups, micro_batches
+from rlhf.masked import masked_mean, seq_logprobs
+from rlhf.model import EOS, NeoX
+
+# extra: its columns
+COLUMNS = {
+    "labels": ["preference"],
+    "scores": ["rewards"],
+    "objectives": ["chosen_parts", "rejected_parts"],  # named parts of each response's reward
+}
+AGAIN = "\n\nTL;DR:"  # after an answer that is shown: asks for another one
+
+Batch = dict[str, list | Tensor]
+
+
+# --- tables
+
+
+def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limit: int = 0) -> Batch:
+    """A table of pairs or rankings with the columns that the loss reads. UserError names what is missing."""
+    ranked = table.startswith("rankings")
+    columns = ["responses_token"] if ranked else ["chosen_token", "rejected_token"]
+    wanted = [extra for extra in COLUMNS if extra in reads]
+    if not ranked and "scores" in wanted:  # the order of a pair is its ranking
+        wanted.remove("scores")
+    columns += [column for extra in wanted for column in COLUMNS[extra]]
+    for column in columns:
+        if not has_column(data_dir, table, column) and not column.endswith("_token"):
+            raise UserError(f"{data_dir}/{table}.parquet has no column {column}, which --loss={loss} reads: "
+                            "make the data with python data/toy.py --out_dir=... (the toy world knows it)")
+    check_tables(data_dir, [], (table, limit, 0))
+    rows = read_table(data_dir, table, ["query_token", *columns], limit)
+    pairs = None if ranked else [list(pair) for pair in zip(rows["chosen_token"], rows["rejected_token"])]
+    batch = {"prompts": rows["query_token"], "responses": pairs or rows["responses_token"]}
+    if "labels" in wanted:
+        batch["labels"] = rows["preference"]
+    if "scores" in wanted:
+        batch["scores"] = rows["rewards"]
+    if "objectives" in wanted:
+        both = zip(rows["chosen_parts"], rows["rejected_parts"])
+        batch["objectives"] = [[better[part] - worse[part] for part in better] for better, worse in both]
+    check_preferences(f"{data_dir}/{table}.parquet", batch)
+    return batch
+
+
+def read_sft(data_dir: str, table: str) -> Batch:
+    """What SFT learned from, as columns that stand beside a pair's."""
+    rows = read_table(data_dir, table, ["query_token", "reference_response_token"])
+    return {"sft_prompts": rows["query_token"], "sft_responses": rows["reference_response_token"]}
+
+
+def check_preferences(path: str, batch: Batch) -> None:
+    for i, label in enumerate(batch.get("labels", [])):
+        if label is None or not 0 <= label <= 1:
+            raise UserError(f"{path}: the preference of row {i} is {label}; it is a probability, from 0 to 1")
+    for i, scores in enumerate(batch.get("scores", [])):
+        K = len(batch["responses"][i])
+        if len(scores) != K:
+            raise UserError(f"{path}: row {i} has {len(scores)} rewards for {K} responses")
+
+
+def rows_of(batch: Batch, rows: list[int] | slice) -> Batch:
+    """Some rows of a batch."""
+    if isinstance(rows, slice):
+        return {key: values[rows] for key, values in batch.items()}
+    return {key: [values[i] for i in rows] for key, values in batch.items()}
+
+
+def slices_of(batch: Batch, tokens: int) -> list[Batch]:
+    """Micro-batches of at most this many tokens."""
+    return [rows_of(batch, s) for s in micro_batches(batch["prompts"], batch["responses"], tokens)]
+
+
+# --- what models compute
+
+
+def sft_logprobs(model: NeoX, batch: Batch, pack_rows: Callable[..., Groups]) -> Tensor:
+    """(N,) log pi of the summaries that SFT learned from, one of its rows beside each pair."""
+    groups = pack_rows(batch["sft_prompts"], [[response] for response in batch["sft_responses"]])
+    return seq_logprobs(token_stats(model, groups).logprobs, groups.response_mask)[:, 0]
+
+
+def shown_logprobs(model: NeoX, batch: Batch, again: list[int], pack_rows: Callable[..., Groups]) -> Tensor:
+    """(N, 2, 2) log pi(y_j | x, y_i): answer i stands behind the prompt, and answer j is given."""
+    shown = [
+        prompt + [token for token in answer if token != EOS] + again
+        for prompt, answers in zip(batch["prompts"], batch["responses"]) for answer in answers
+    ]
+    groups = pack_rows(shown, [answers for answers in batch["responses"] for _ in answers])
+    return seq_logprobs(token_stats(model, groups).logprobs, groups.response_mask).view(-1, 2, 2)
+
+
+def competitors(stats: TokenStats, k: int) -> Tensor:
+    """(N, K, R, k) log-probs of the k best tokens other than the response's own; stats has k + 1 of them."""
+    return stats.top_logprobs.masked_fill(stats.top_is_token, -torch.inf).topk(k, -1).values
+
+
+def model_extras(
+    reads: set[str], batch: Batch, stats: TokenStats, policy: NeoX, reference: NeoX | None,
+    pack_rows: Callable[..., Groups], *, again: list[int], top_k: int,
+) -> dict[str, Tensor]:
+    """The extras of a micro-batch that take another forward, or a look at the whole distribution."""
+    out = {}
+    if "competitors" in reads:
+        out["competitors"] = competitors(stats, top_k)[:, 1]  # (N, R, k), of the rejected response
+    if "target" in reads:
+        out["target"] = sft_logprobs(policy, batch, pack_rows)  # (N,)
+    if "calibration" in reads and "sft_prompts" in batch:
+        with torch.no_grad():
+            ref_logprobs = sft_logprobs(reference, batch, pack_rows)
+        out["calibration"] = sft_logprobs(policy, batch, pack_rows) - ref_logprobs  # (N,)
+    if "improved" in reads:
+        with torch.no_grad():
+            ref_logprobs = shown_logprobs(reference, batch, again, pack_rows)
+        out["improved"] = shown_logprobs(policy, batch, again, pack_rows) - ref_logprobs  # (N, 2, 2)
+    return out
+
+
+def given_extras(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The extras of a micro-batch that are columns of it."""
+    columns = {*COLUMNS, "noise", "target_margins"} & batch.keys()
+    return {key: torch.as_tensor(batch[key], dtype=torch.float32).to(device) for key in columns}
+
+
+# --- what is logged
+
+
+def top_tokens(top_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Probability mass of the k best tokens, and the entropy in nats of the distribution over them alone.
+
+    Means over response tokens, (N, K). Both fall before a policy is over-optimised (arXiv 2410.11677).
+    """
+    mass = top_logprobs.exp().sum(-1)  # (N, K, R)
+    logp = top_logprobs.log_softmax(-1)  # (N, K, R, k)
+    entropy = -(logp.exp() * logp).sum(-1)  # (N, K, R)
+    return {"top_mass": masked_mean(mass, mask), "top_entropy": masked_mean(entropy, mask)}

@@ -1,0 +1,307 @@
+"""A training run: what it leaves on disk, how it goes on after an interruption, and its log."""
+
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from rlhf.config import RunError, UserError
+from rlhf.files import checksum, fingerprint, identity, move_in, remove, sync, write_file
+from rlhf.model import NeoX
+from rlhf.out_dir import (
+    changes,
+    check_out_dir,
+    enter,
+    exists,
+    forget_replaced,
+    has_shown,
+    lock,
+    named,
+    unlock,
+)
+from rlhf.pretrained import load_weights, read_json, resolve, save_pretrained
+from rlhf.trackers import Trackers
+
+MAY_CHANGE = {  # at a resume: where and how fast, but no number
+    "out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile",
+    "gradient_checkpointing", "samples_every", "wandb", "tensorboard",
+}
+OTHER_SAMPLES = {"rollout_prompts", "eval_rows"}  # may change too, and that is said and written down
+LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
+INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a run reads
+
+
+def finite(record: dict) -> dict:
+    """None, which JSON writes as null, for every number that is not finite: JSON has no word for it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def save_state(state: dict, path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path}: cannot be written ({reason}); is the disk full?") from error
+
+
+def resumable(out: Path) -> list[Path]:
+    """Checkpoints with the optimizer's state, the newest first."""
+    found = sorted((out / "ckpt").glob("step_*"), reverse=True)
+    return [path for path in found if (path / "trainer.pt").exists()]
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises UserError unless every file has the checksum that it was written with."""
+    sums = checkpoint / "checksums.json"
+    if not sums.exists():  # of a version without them
+        return
+    for name, expected in read_json(sums).items():
+        file = checkpoint / name
+        if not file.exists() or checksum(file) != expected:
+            raise UserError(f"{file}: damaged (its checksum is another than when it was written)")
+
+
+class Run:
+    """A run directory: run.json (the configuration and what it ran on), metrics.jsonl, ckpt/step_*/, and at
+    the end the model and result.json.
+
+    The final model lies in the directory itself, so `--model=<out_dir>` and transformers' from_pretrained
+    take a run as it is (config.json is the model's; the run's own settings are in run.json).
+    """
+
+    def __init__(self, config, steps: int):
+        """Touches nothing: a UserError here costs nothing."""
+        self.out = Path(config.out_dir)
+        self.steps = steps
+        self.config = config
+        self.start = 0
+        self.began = time.time()
+        self.bar = None
+        self.track = Trackers(config)
+        self.last = {}  # what was logged last, also before an interruption
+        self.changed = {}  # settings that are others than at the start of a resumed run
+        names = [getattr(config, name, "") for name in INPUTS]
+        self.about = check_out_dir(config, *names)
+        self.finished = False
+        if self.about and not config.overwrite:
+            if not config.resume:
+                raise UserError(exists(self.out))
+            self.check_resume()
+
+    def check_resume(self) -> None:
+        self.changed = changes(self.about, self.config, MAY_CHANGE)
+        forbidden = {k: v for k, v in self.changed.items() if k not in OTHER_SAMPLES and not self.longer(k)}
+        if forbidden:
+            hint = ""
+            if LENGTH & set(forbidden):
+                hint = (" (a run can be made longer if --schedule=constant and --warmup=0: else the learning "
+                        f"rates would be others; or start a new run with --model={self.out})")
+            raise UserError(f"--resume of {self.out} with other settings: {named(forbidden)}{hint}")
+        longer = any(map(self.longer, self.changed))
+        self.finished = (self.out / "result.json").exists() and not longer
+        if not self.finished:
+            lock(self.out)
+            self.check_inputs()
+
+    def longer(self, key: str) -> bool:
+        """Is this change only more updates, with the learning rates that the earlier ones had?"""
+        constant = getattr(self.config, "schedule", "") == "constant" and not self.config.warmup
+        old, new = self.changed[key]
+        return key in LENGTH and constant and new > old
+
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """{option: fingerprint of what it names}."""
+        given = {name: getattr(self.config, name, "") for name in INPUTS}
+        revision = getattr(self.config, "revision", "main")
+        found = {}
+        for name, value in given.items():
+            if value:
+                path = Path(value) if name == "data_dir" else resolve(value, revision)
+                found[name] = fingerprint(path)
+        if source := getattr(self.config, "reward_fn", "").rpartition(":")[0]:
+            found["reward_fn"] = {source: identity(Path(source))}
+        return found
+
+    def check_inputs(self) -> None:
+        """Raises UserError if data or a model is another than when the run began."""
+        before = self.about.get("inputs")
+        now = self.inputs() if before else {}
+        for name in now:
+            old = before.get(name, {})
+            new = now[name]
+            if other := sorted(file for file in old.keys() | new if old.get(file) != new.get(file)):
+                path = getattr(self.config, name)
+                raise UserError(f"--resume of {self.out}: --{name}={path} is not what it was when the run "
+                                f"began ({', '.join(other[:3])}): bring that back, or start anew with "
+                                "--overwrite")
+
+    def begin(
+        self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None
+    ) -> int:
+        """Now that data and models are known to be good, touches the directory: sets aside what is there
+        (--overwrite) or restores its newest checkpoint (--resume). Returns the step to go on from."""
+        enter(self.config, self.about, self.inputs())
+        if not self.config.resume:
+            return 0
+        logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
+        checkpoints = resumable(self.out)
+        if not checkpoints:
+            for log in logs:  # of an attempt that ended before its first checkpoint
+                log.unlink(missing_ok=True)
+            print(f"{self.out}: no checkpoint to resume, starting at step 0")
+        else:
+            self.start = restore(checkpoints, model, optimizer, generator)
+            if self.start > self.steps:
+                raise UserError(f"{checkpoints[0]}: this command makes only {self.steps} updates")
+            print(f"resuming {self.out} at step {self.start} of {self.steps}")
+        for log in filter(Path.exists, logs):  # lines after the checkpoint will be written again
+            lines = read_lines(log, self.start)
+            write_file(log, "".join(line + "\n" for line in lines))
+            if lines and log == logs[0]:
+                self.last = json.loads(lines[-1])
+        if self.changed:
+            self.note_changes()
+        (self.out / "result.json").unlink(missing_ok=True)  # of a run that is made longer
+        if has_shown(self.out):
+            forget_replaced(self.out)  # a kill came between
+        return self.start
+
+    def note_changes(self) -> None:
+        """Into run.json, and on the screen where they change numbers."""
+        if other := {k: v for k, v in self.changed.items() if k in OTHER_SAMPLES}:
+            print(f"{named(other)}: from here on other samples than those of an uninterrupted run")
+        noted = [*self.about.get("changes", []), {"step": self.start, **self.changed}]
+        about = self.about | {"config": asdict(self.config), "changes": noted}
+        write_file(self.out / "run.json", json.dumps(about, indent=2) + "\n")
+
+    def log(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
+        """Appends one line to metrics.jsonl; `show` names what the progress bar tells."""
+        if self.bar is None:
+            live = sys.stderr.isatty()
+            self.bar = tqdm(
+                total=self.steps, initial=self.start, desc=str(self.out), mininterval=0.5 if live else 15,
+                dynamic_ncols=live,
+            )
+        self.last = {"step": step, **finite(metrics)}
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.last) + "\n")
+        self.track(step, finite(metrics))
+        shown = {key.split("/")[-1]: f"{metrics[key]:.3g}" for key in show if key in metrics}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if step == self.steps:
+            self.bar.close()
+
+    def checkpoint(
+        self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Every --save_every steps: ckpt/step_N, a Hugging Face directory, trainer.pt and checksums.json.
+
+        Old ones go first (--keep), so that the disk holds no more than keep, or two. The newest two can be
+        resumed: trainer.pt is two thirds of the bytes.
+        """
+        if not self.config.save_every or step % self.config.save_every:
+            return
+        folder = self.out / "ckpt"
+        aside = folder / "writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = sorted(folder.glob("step_*"))
+        for old in kept[: -max(1, self.config.keep - 1)] if self.config.keep else []:
+            remove(old)
+        save_pretrained(model, tokenizer, aside)
+        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if generator is not None:
+            state["generator"] = generator.get_state()
+        save_state(state, aside / "trainer.pt")
+        sums = {file.name: checksum(file) for file in sorted(aside.iterdir())}
+        (aside / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n")
+        sync(self.out / "metrics.jsonl", *aside.iterdir(), aside)
+        final = folder / f"step_{step:08d}"
+        if final.exists():
+            remove(final)
+        aside.rename(final)
+        sync(folder)
+        kept = sorted(folder.glob("step_*"))
+        for old in kept[: -self.config.keep] if self.config.keep else []:
+            remove(old)
+        for old in kept[:-2]:
+            (old / "trainer.pt").unlink(missing_ok=True)
+        forget_replaced(self.out)
+
+    def finish(self, model: NeoX, tokenizer: Tokenizer, result: dict) -> dict:
+        """Saves the final model and result.json, prints the result as the last line of stdout."""
+        if self.bar is not None:
+            self.bar.close()
+        aside = self.out / "writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        save_pretrained(model, tokenizer, aside)
+        sync(*aside.iterdir())
+        move_in(aside, self.out, last="config.json")  # a directory without it is not a model
+        seconds = round(time.time() - self.began, 1)
+        result = {**finite(result), "out_dir": str(self.out), "seconds": seconds}
+        write_file(self.out / "result.json", json.dumps(result) + "\n")
+        forget_replaced(self.out)
+        unlock(self.out)
+        print(json.dumps(result))
+        return result
+
+    def earlier_result(self) -> dict:
+        print(f"{self.out}: finished already; to train on: a new run with --model={self.out}, or "
+              "more --episodes or --epochs if --schedule=constant")
+        result = read_json(self.out / "result.json")
+        print(json.dumps(result))
+        return result
+
+
+def read_lines(metrics: Path, last: int) -> list[str]:
+    """The lines of a log up to step `last`; one that a kill cut off is left out."""
+    found = []
+    for line in metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last:
+                found.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def restore(
+    checkpoints: list[Path], model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None
+) -> int:
+    """Loads the newest checkpoint; returns its step."""
+    newest = checkpoints[0]
+    try:
+        check_whole(newest)
+        load_weights(model, newest)
+        state = load_state(newest / "trainer.pt", optimizer)
+    except UserError as error:
+        advice = "it was the only one: start anew with --overwrite"
+        if len(checkpoints) > 1:
+            advice = f"remove {newest} to go on from {checkpoints[1].name}"
+        raise UserError(f"{error}; {advice}") from error
+    if generator is not None:
+        try:
+            generator.set_state(state["generator"])
+        except (RuntimeError, TypeError) as error:  # a CPU's and a GPU's generators have nothing in common
+            raise UserError(f"{newest} was written on another kind of device: its samples cannot be "
+                            f"continued on {generator.device}") from error
+    return state["step"]
+
+
+def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        return {"step": int(state["step"]), "generator": state.get("generator")}
+    except Exception as error:  # torch raises whatever zip, pickle and a foreign content raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not readable ({reason})") from error

@@ -1,0 +1,65 @@
+"""The losses of train_simpo.py side by side, as a markdown table: what each did to one model on the same
+data.
+
+    python -m study.losses --runs=out/losses            (the folder that runs/losses.sh fills)
+
+Per loss the mean over seeds, and in brackets the smallest and the largest: gold reward, KL to the SFT model
+and length of sampled summaries of the final model (evaluate.py); the change of log pi(chosen) in nats per
+sequence from the first updates of training to the last (of a ranking, of its best response).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean
+
+from rlhf.config import UserError, command_line
+from rlhf.losses import PREFERENCE_LOSSES
+from study.logs import RunLog, find_runs, select
+from study.standing import change
+
+COLUMNS: dict[str, Callable[[RunLog], float]] = {
+    "gold": lambda run: run.evaluation["gold"],
+    "KL": lambda run: run.evaluation["kl_full"],
+    "tokens": lambda run: run.evaluation["response_length"],
+    "change of log π(chosen)": lambda run: change(run, "logps/chosen"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # I/O
+    runs: str  # folder with runs of train_simpo.py, and evaluate.py's sweep over them beside them (eval*)
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and the range where there are several seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def table(runs: list[RunLog]) -> list[str]:
+    """Lines of markdown: the SFT model if it was evaluated, then a row per loss in the order of losses.py."""
+    lines = ["| loss | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for run in select(runs, "train_sft"):
+        if run.evaluation:
+            cells = [cell([COLUMNS[name](run)]) for name in ("gold", "KL", "tokens")]
+            lines.append(f"| (SFT) | | {' | '.join(cells)} | |")
+    for loss in PREFERENCE_LOSSES:
+        seeds = select(runs, "train_simpo", loss=loss)
+        if not seeds:
+            continue
+        for run in seeds:
+            if not run.evaluation:
+                raise UserError(f"{run.path}: no eval*/ beside it tells its gold; run evaluate.py over it")
+        cells = [cell([column(run) for run in seeds]) for column in COLUMNS.values()]
+        lines.append(f"| `{loss}` | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
+
+
+def main(cfg: Config) -> None:
+    print("\n".join(table(find_runs(cfg.runs))))
+
+
+if __name__ == "__main__":
+    command_line(main, Config)

@@ -1,0 +1,298 @@
+"""RESULTS.md from the runs of runs/study.sh: the paper's claims with their verdicts (claims.py), five
+questions that it leaves open (questions.py, early_warning.py), and the table of all arms.
+
+    python -m study.results --study=out/study --out=RESULTS.md
+
+Every number and verdict in the report is computed from the runs' logs.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from evaluation.statistics import t_interval
+from rlhf.config import UserError, command_line
+from rlhf.out_dir import read_about
+from study.arms import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Study, lr_text
+from study.claims import CLAIMS
+from study.early_warning import early_warning
+from study.logs import RunLog, best_of_n_tables, find_runs, select
+from study.questions import adaptive_margin, gold_over_kl, padding_fill, small_beta, table
+from study.standing import WINDOW, mean_last, percent, pm, standing, win_rates
+from study.verdict import FAILS, Claim
+
+TRAINED = ("train_rloo", "train_simpo")  # the scripts whose runs are arms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    study: str = "out/study"  # what runs/study.sh wrote: folders small, medium, large
+    out: str = "RESULTS.md"  # the report
+
+
+# --- all arms
+
+
+def setting(run: RunLog) -> tuple[str, str, float, float]:
+    """What an arm is, in four cells: method, its note, learning rate, coefficient or margin."""
+    config = run.config
+    if run.script == "train_simpo":
+        return config["loss"], f"β {config['beta']:g}", config["lr"], config["gamma"] or 0.0
+    notes = []
+    if config["clip"] != 0.2:
+        notes.append(f"clip {config['clip']:g}")
+    if config["invalid_logprob_fill"] is not None:
+        notes.append(f"fill {config['invalid_logprob_fill']}")
+    return f"RLOO {config['reward']}", " ".join(notes), config["lr"], config["coefficient"]
+
+
+def arms_by_setting(runs: list[RunLog]) -> dict[tuple, list[RunLog]]:
+    """{`setting`: its seeds in order}"""
+    arms: dict[tuple, list[RunLog]] = {}
+    for run in sorted(runs, key=lambda run: run.config["seed"]):
+        if run.script in TRAINED:
+            arms.setdefault(setting(run), []).append(run)
+    return arms
+
+
+def arm_row(study: Study, size: str, key: tuple[str, str, float, float], arm: list[RunLog]) -> list:
+    method, note, lr, coefficient = key
+    s = standing(study, size, arm)
+    greedy = np.mean([run.result["greedy/gold"] for run in arm])
+    kl = np.mean([run.evaluation["kl_full"] for run in arm])
+    entropy = np.mean([run.evaluation["entropy"] for run in arm])
+    won = percent(win_rates(arm).mean())
+    row = [size, method, note, lr_text(lr), f"{coefficient:g}", len(arm), pm(s.gain), won]
+    row += [f"{greedy:.2f}", f"{kl:.2f}", f"{entropy:.2f}"]
+    online = method.startswith("RLOO")
+    return row + ([pm(s.drop), f"{mean_last(arm, 'scores'):.2f}", s] if online else ["", "", ""])
+
+
+def all_arms(study: Study) -> str:
+    header = [
+        "size", "method", "", "lr", "coefficient or γ", "seeds", "gold minus SFT", "win rate", "greedy gold",
+        "KL", "entropy", "fall of gold", "proxy", "standing",
+    ]
+    rows = []
+    for size in SIZES:
+        arms = arms_by_setting(study.folders[size])
+        for method, note, lr, coefficient in sorted(arms, key=lambda key: (*key[:2], -key[2], key[3])):
+            key = method, note, lr, coefficient
+            rows.append(arm_row(study, size, key, arms[key]))
+    return table(header, rows)
+
+
+# --- is the study complete?
+
+
+def check_finished(run: RunLog) -> None:
+    if not run.result:
+        raise UserError(f"{run.path}: not finished")
+    if run.win_rate is None:
+        raise UserError(f"{run.path}: no win rate in a sweep beside it (eval*/metrics.jsonl)")
+
+
+def extent(arm: list[RunLog]) -> tuple[list[int], list[int]]:
+    """The seeds of an arm, and the numbers of updates that its runs have."""
+    updates = {len(next(iter(run.metrics.values()))) for run in arm}
+    return [run.config["seed"] for run in arm], sorted(updates)
+
+
+def extent_text(seeds: list[int], updates: list[int]) -> str:
+    return f"seeds {seeds} of {' and '.join(map(str, updates))} updates"
+
+
+def check_complete(study: Study) -> None:
+    """UserError unless every run is finished and evaluated, and all arms of a script have the same seeds
+    and lengths: arms are compared seed by seed."""
+    for size, runs in study.folders.items():
+        for script in TRAINED:
+            found = select(runs, script)
+            for run in found:
+                check_finished(run)
+            extents = {key: extent(arm) for key, arm in arms_by_setting(found).items()}
+            usual = max(extents.values(), key=list(extents.values()).count, default=None)
+            for key, own in extents.items():
+                if own != usual:
+                    raise UserError(f"{size}, {script} {' '.join(map(str, key))}: {extent_text(*own)}, "
+                                    f"where other arms have {extent_text(*usual)}")
+
+
+# --- the report
+
+HEAD = """# Results: the paper's claims in a world where the true reward is known
+
+Written by `python -m study.results` from the runs of `bash runs/study.sh`; do not edit by hand. {date}, 2
+cores, one run per core, torch {torch}; {runs} runs and {best_of_n} of best-of-n.
+
+**The world** (`data/toy_world.py`): posts hide three to five facts among distractions; the gold reward of a
+summary is exact; fallible people with a liking for flourishes and length compare summaries; a reward model
+learns from 20,000 such choices and is right on {accuracy} of held-out ones. Three small GPT-NeoX models
+stand for the paper's three: small (0.13M parameters) for 1B, medium (0.66M) for 2.8B, large (1.9M) for
+6.9B; after SFT (learning rates 1.5e-3, 8e-4, 7e-4) their greedy summaries have gold {greedy} on 256 posts,
+where the human references have {references}. So a larger model is not a better one here. RLOO with k = 4,
+64 updates of 64 responses, 4 passes each, temperature 0.7, a learning rate that falls linearly to 0. The
+learning rates {high}, {tenth} and {twentieth} stand for the paper's 1e-6, 1e-7 and 5e-8; the first is a
+rate at which KL-constrained trial runs of the small and the medium model improved (a handful of MaxEnt
+trial runs at {high} and {tenth} were seen then, too). Offline {offline_high} and {offline_low} stand for
+1e-6 and 2e-7; the first was chosen by trial runs of DPO. What holds here need not hold for Pythia on TL;DR,
+and the other way round: `runs/paper_1b.sh` and its siblings are a similar grid there.
+
+**How to read the numbers.** {seeds} per arm. In RLOO each seed has its own reward model, prompts and
+samples; in SimPO and DPO its own order of the data. All share the SFT model of their size and the 20,000
+choices. ± is the half width of the 95 % interval of Student's t over the seeds, which with {of_them} is
+{deviations} standard deviations. `gold` is the mean gold reward of 500 validation summaries sampled at 0.7,
+as in training; `gold +0.10` means above the SFT model's, whose own standard error ({error}) is common to
+all arms of a size and not in their intervals. `fall` is how far the gold reward of the training samples
+(means of {window} updates) ended below its peak, the peak taken from the other seeds. An arm is
+over-optimised if the interval of its gold lies below SFT or that of its fall above 0. The win rate is the
+share of those 500 summaries with a higher gold reward than the human reference, ties as half. The paper
+judges greedy summaries; the SFT models' greedy ones come close to the references, which leaves little to
+gain, so sampled ones are judged (greedy gold is in the table of all arms; 500 posts for RLOO, 256 for SimPO
+and DPO). Mind what follows: a policy that only becomes more certain gains sampled gold, up to the distance
+between the SFT model's sampled gold ({sampled}) and its greedy gold. Where entropy falls, as under MinEnt
+or with a coefficient of 0, part of a gain is this.
+
+The rules of the claims were written after those trial runs and before the first RLOO run of the study; the
+history of `study/claims*.py` shows what was changed since (wording, none of the thresholds).
+"""
+
+PICTURES = {  # file: what it shows; all of the toy world
+    "1": "the paper's Figure 1: RLHF reward and entropy bonus at two learning rates, by entropy coefficient "
+         "(1B there, small here)",
+    "2": "Figure 2: the same at the two lower rates (2.8B, medium)",
+    "3": "Figure 3: KL to the reference, and KL between updates (1B and 2.8B, small and medium)",
+    "4": "Figure 4: the reference's log-prob margins during DPO, batch averages (1B, small)",
+    "5": "Figure 5: KL to the reference of all arms, and whether each ends above the SFT model's win rate "
+         "(1B and 2.8B, small and medium)",
+    "6": "Figure 6: win rate over SimPO's checkpoints at the low rate, by margin (1B, small)",
+    "7": "Figure 7: SimPO at the low rate, by margin (1B, small)",
+    "8": "Figure 8: SimPO at the high rate, by margin (1B, small)",
+    "9": "Figure 9: DPO (1B, small)",
+    "10": "Figure 10: MaxEnt at the high rate (6.9B, large)",
+    "11": "Figure 11: MaxEnt at a tenth of it (6.9B, large)",
+    "12": "Figure 12: KL-constrained (6.9B, large)",
+    "gold_kl": "what the paper could not draw: gold reward against the square root of the KL, with the fits "
+               "of Gao et al. 2022 and best-of-n",
+    "proxy_gold": "gold reward against the reward model's score",
+    "reward_gold": "both over time",
+    "best_of_n": "best-of-n: proxy and gold reward over its KL",
+}
+
+
+def seed_words(seeds: int) -> dict[str, str]:
+    """What the head says of the number of seeds."""
+    word = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}.get(seeds, str(seeds))
+    mean, _, high = t_interval(range(seeds))
+    deviations = (high - mean) / np.std(range(seeds), ddof=1) if seeds > 1 else math.inf
+    return {
+        "seeds": f"{word.capitalize()} seed{'s' if seeds > 1 else ''}",
+        "of_them": f"{word} of them",
+        "deviations": f"{deviations:.1f}",
+    }
+
+
+def standard_error(summaries: Path) -> float:
+    """Of the mean gold reward in a table of evaluate.py."""
+    gold = pq.read_table(summaries, columns=["gold"])["gold"].to_numpy()
+    return gold.std(ddof=1) / math.sqrt(len(gold))
+
+
+def head(study: Study, root: Path) -> str:
+    first = select(study.folders["small"], "train_rloo")[0]
+    about = read_about(first.path)
+    reward_models = [run for runs in study.folders.values() for run in select(runs, "train_rm")]
+    accuracies = [run.result["accuracy"] for run in reward_models]
+    greedy = {size: study.arm(size, "train_sft")[0].result["greedy/gold"] for size in SIZES}
+    errors = {size: standard_error(root / size / "eval/sft/summaries.parquet") for size in SIZES}
+    return HEAD.format(
+        date=about["started"].split()[0],
+        torch=about["torch"],
+        runs=sum(map(len, study.folders.values())),
+        best_of_n=sum(len(best_of_n_tables(root / size)) for size in SIZES),
+        accuracy=f"{100 * min(accuracies):.0f} to {percent(max(accuracies))}",
+        greedy=", ".join(f"{gold:.2f} ({size})" for size, gold in greedy.items()),
+        references=f"{study.sft('small')['gold_reference']:.2f}",
+        high=lr_text(HIGH),
+        tenth=lr_text(TENTH),
+        twentieth=lr_text(TWENTIETH),
+        offline_high=lr_text(OFFLINE_HIGH),
+        offline_low=lr_text(OFFLINE_LOW),
+        error=", ".join(f"{error:.3f} {size}" for size, error in errors.items()),
+        window=WINDOW,
+        sampled=", ".join(f"{study.sft(size)['gold']:.2f}" for size in SIZES),
+        **seed_words(len({run.config["seed"] for run in select(study.folders["small"], "train_rloo")})),
+    )
+
+
+def claim_section(i: int, claim: Claim) -> str:
+    links = [f"[figure {name}](docs/figures/figure_{name}.png)" for name in claim.figures.split()]
+    reason = ""
+    if claim.reason and claim.verdict == FAILS:
+        reason = f"\n\n*A likely reason, not tested:* {claim.reason}"
+    return (
+        f"### {i}. {claim.title}\n\n*Paper:* {claim.paper}\n\n*Rule:* {claim.rule}\n\n*Here:* "
+        f"{claim.ours} "
+        f"({', '.join(links) or 'see the table of all arms'}).\n\n**{claim.verdict}**{reason}\n"
+    )
+
+
+def verdict_sections(claims: list[Claim]) -> list[str]:
+    count = Counter(claim.verdict for claim in claims)
+    counted = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
+    rows = [[i, claim.title, f"**{claim.verdict}**"] for i, claim in enumerate(claims, 1)]
+    return [
+        f"## Verdicts\n\n{len(claims)} claims: {counted}.\n",
+        table(["", "claim", "verdict here"], rows),
+        "## The claims\n",
+        *(claim_section(i, claim) for i, claim in enumerate(claims, 1)),
+    ]
+
+
+def open_questions(study: Study, root: Path) -> list[str]:
+    return [
+        "## What the paper leaves open\n",
+        "### Is an adaptive margin what separates DPO from SimPO?\n",
+        adaptive_margin(study),
+        "### Is it β?\n",
+        small_beta(study),
+        "### How much of \"MaxEnt over-optimises\" could a padding bug produce?\n",
+        padding_fill(study),
+        "### Gold reward against KL\n\n![gold against KL](docs/figures/figure_gold_kl.png)\n",
+        gold_over_kl(study, root),
+        "### Which logged metric warns first?\n",
+        early_warning(study),
+    ]
+
+
+def picture(name: str, shows: str) -> str:
+    return f"![{name}](docs/figures/figure_{name}.png)\n*Toy world; {shows}.*\n"
+
+
+def main(cfg: Config) -> dict:
+    root = Path(cfg.study)
+    study = Study({size: find_runs(root / size) for size in SIZES})
+    check_complete(study)
+    claims = [claim(study) for claim in CLAIMS]
+    parts = [
+        head(study, root),
+        *verdict_sections(claims),
+        *open_questions(study, root),
+        "## All arms\n",
+        all_arms(study),
+        "## Figures\n",
+        *(picture(name, shows) for name, shows in PICTURES.items()),
+    ]
+    Path(cfg.out).write_text("\n".join(parts))
+    count = Counter(claim.verdict for claim in claims)
+    print(json.dumps({"claims": len(claims), **count, "out": cfg.out}))
+    return dict(count)
+
+
+if __name__ == "__main__":
+    command_line(main, Config)
