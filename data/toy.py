@@ -1,11 +1,11 @@
-"""Write the toy world (data/toy_world.py) as a prepared data directory: TL;DR in small, with an exact gold reward.
+"""Write the toy world (data/toy_world.py) as a prepared data directory: TL;DR in small, with a true reward.
 
-Fallible writers summarise posts, fallible people compare the summaries. Everything follows from the seed: the same seed
-gives the same files. The tokenizer (byte-level BPE, one token per word) is the same for every seed. Beside the data lies
-`base/`: the configuration of a small GPT-NeoX without weights, and the tokenizer, for --init=scratch.
+Fallible writers summarise posts, fallible people compare the summaries. Everything follows from the seed: the
+same seed gives the same files. The tokenizer (byte-level BPE, one token per word) is the same for every seed.
+Beside the data lies `base/` for --init=scratch: the configuration of a small GPT-NeoX, and the tokenizer.
 
     python data/toy.py --out_dir=out/toy/data
-    python data/toy.py --check      # writes nothing: label noise, faults of the writers, gold of the references
+    python data/toy.py --check      # writes nothing: noise of the labels, faults of the writers, gold
 """
 
 import hashlib
@@ -66,7 +66,7 @@ class Config:
     validation: int = 500  # rows of sft_validation and of pairs_validation
     test: int = 500  # rows of sft_test
     # base model
-    size: Literal["small", "medium", "large"] = "medium"  # of base/config.json: 0.2, 0.7 or 2 million parameters
+    size: Literal["small", "medium", "large"] = "medium"  # of base/: 0.2, 0.7 or 1.4 million parameters
 
 
 # --- rows
@@ -87,7 +87,7 @@ def candidates(post: Post, number: int, rng: random.Random) -> tuple[list[str], 
 
 
 def pair_row(post: Post, rng: random.Random) -> dict:
-    """`preference` is the exact probability that the chosen summary is preferred: people's choice without its noise."""
+    """`preference` is the exact probability that the chosen summary is preferred to the rejected one."""
     texts, writers = candidates(post, 2, rng)
     parts = [gold_parts(post.hidden, text, ended=True) for text in texts]
     gold = [sum(part.values()) for part in parts]
@@ -102,7 +102,7 @@ def pair_row(post: Post, rng: random.Random) -> dict:
         "rejected_parts": parts[1],
         "preference": preference(*utilities),
         "batch": "toy",
-        "confidence": 1 + sum(difference > edge for edge in (0.1, 0.25, 0.5, 1.0)),  # 1 = a toss-up, 5 = plain to see
+        "confidence": 1 + sum(difference > edge for edge in (0.1, 0.25, 0.5, 1.0)),  # 1 = a toss-up
     }
 
 
@@ -115,7 +115,9 @@ def ranking_row(post: Post, rng: random.Random) -> dict:
     }
 
 
-def make_rows(file: str, number: int, row: Callable[[Post, random.Random], dict], seed: int, seen: set[str]) -> list[dict]:
+def make_rows(
+    file: str, number: int, row: Callable[[Post, random.Random], dict], seed: int, seen: set[str],
+) -> list[dict]:
     """Each row has its own random numbers: the first rows stay the same when more are asked for.
 
     `seen`: no post comes twice in any file.
@@ -133,14 +135,17 @@ def make_rows(file: str, number: int, row: Callable[[Post, random.Random], dict]
 
 # --- tokenizer
 def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE on a fixed sample of the world, whatever the seed of the data: models of different seeds share their tokens."""
+    """Byte-level BPE on a fixed sample of the world: models of different seeds share their tokens."""
     rng = random.Random("tokenizer")
-    texts = [post.query + write_summary(post, WRITERS["flowery" if rng.random() < 0.5 else "muttering"], rng) for post in (make_post(rng) for _ in range(2000))]
+    posts = (make_post(rng) for _ in range(2000))
+    texts = [post.query + write_summary(post, WRITERS["chatty"], rng) for post in posts]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -154,7 +159,8 @@ def add_tokens(rows: list[dict], tokenizer: Tokenizer) -> None:
             row[f"{key}_token"] = encoding.ids + ([] if key == "query" else [end])
     if "responses" in rows[0]:
         for row in rows:
-            row["responses_token"] = [encoding.ids + [end] for encoding in tokenizer.encode_batch(row["responses"])]
+            encodings = tokenizer.encode_batch(row["responses"])
+            row["responses_token"] = [encoding.ids + [end] for encoding in encodings]
 
 
 # --- files
@@ -174,8 +180,8 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
 
 
 def write_base(folder: Path, size: str, tokenizer: Tokenizer) -> None:
-    """A Hugging Face GPT-NeoX directory without weights. What makes copying from the post form within 250 updates:
-    tied embeddings, rotary on whole heads with a base for short texts, wide initial weights, heads of 64."""
+    """A Hugging Face GPT-NeoX directory without weights. Tied embeddings, rotary on whole heads with a base
+    for short texts, wide initial weights and heads of 64: copying from the post forms within 250 updates."""
     folder.mkdir(exist_ok=True)
     width, layers, heads = SIZES[size]
     config = NeoXConfig(
@@ -200,7 +206,7 @@ def sft_statistics(rows: list[dict]) -> dict[str, float]:
     return {
         "prompt_tokens_mean": mean(len(row["query_token"]) for row in rows),
         "reference_tokens_mean": mean(len(row["reference_response_token"]) for row in rows),
-        "gold_reference": mean(gold_reward(json.loads(row["facts"]), row["reference_response"], ended=True) for row in rows),
+        "gold_reference": mean(sum(row["reference_parts"].values()) for row in rows),
     }
 
 
@@ -217,7 +223,7 @@ def pair_statistics(rows: list[dict]) -> dict[str, float]:
 
 
 def check(seed: int, number: int = 4000) -> dict:
-    """The numbers of the world, exact but for the draw of `number` posts: noise of the labels, faults, what they cost."""
+    """The numbers of the world, from `number` posts: noise of the labels, faults and what they cost."""
     posts = [make_post(random.Random(f"{seed}/check/{index}")) for index in range(number)]
     faults = {}
     for name, writer in WRITERS.items():
@@ -244,13 +250,14 @@ def check(seed: int, number: int = 4000) -> dict:
 
 def show_check(numbers: dict) -> None:
     print(f"facts in a post: {numbers['facts_per_post']:.2f}")
-    print(f"labels: a judge who knows every preference probability is right on {numbers['label_bayes_accuracy']:.3f} of them")
+    print(f"Bayes accuracy of the labels: {numbers['label_bayes_accuracy']:.3f}")
     columns = [key for key in numbers["writers"]["reference"] if key != "cost"]
     print("\nfaults in a summary, by writer\n" + " " * 12 + "".join(f"{key:>12}" for key in columns))
     for name, faults in numbers["writers"].items():
         print(f"{name:12}" + "".join(f"{faults[key]:12.2f}" for key in columns))
     costs = numbers["writers"]["reference"]["cost"]
-    print("\ngold reward of a reference by its parts: " + ", ".join(f"{key} {value:+.3f}" for key, value in costs.items()))
+    parts = ", ".join(f"{key} {value:+.3f}" for key, value in costs.items())
+    print(f"\ngold reward of a reference by its parts: {parts}")
     print(json.dumps(numbers))
 
 
@@ -260,7 +267,7 @@ def main(cfg: Config) -> None:
         show_check(check(cfg.seed))
         return
     if not cfg.out_dir:
-        raise UserError("--out_dir is missing: where to write the data (or --check: print the numbers, write nothing)")
+        raise UserError("--out_dir is missing: where to write the data (--check prints numbers only)")
     out = Path(cfg.out_dir)
     check_data_dir(out, "toy", cfg.overwrite)
     aside = data_aside(out)
@@ -299,7 +306,8 @@ def main(cfg: Config) -> None:
     move_data_in(out)
 
     row = data["pairs_train"][0]
-    print(f"{row['query']}\n\nchosen:  {row['chosen']}\nrejected:{row['rejected']}\nfacts:   {row['facts']}\n")
+    print(f"{row['query']}\n\nchosen:  {row['chosen']}\nrejected:{row['rejected']}")
+    print(f"facts:   {row['facts']}\n")
     for name, value in result.items():
         print(f"{name:24}", f"{value:.3f}" if isinstance(value, float) else value)
     print(json.dumps(result))

@@ -1,10 +1,9 @@
-"""The toy world: its words, its posts, its writers, its people and its exact gold reward. Pure Python, no files.
+"""The toy world: its words, posts, writers, people and its exact gold reward. Pure Python, no files.
 
-A post lists what happened to the narrator on some days of a week, the FACTS ("monday keys" is a day and a thing), among
-things of other people, the DISTRACTIONS ("sister desks"). A summary lists the facts again, in the same words, so whether
-it is right can only be seen by comparing it with the post. A transformer of this size learns to copy like this within
-250 updates. What is true is known exactly, and so a summary is scored exactly. The writers of summaries, and the people
-who compare them, are fallible.
+A post lists what the narrator got on some days of a week, the FACTS ("monday keys": a day and a thing), and
+a thing of somebody else, the DISTRACTION ("sister desks"). A summary lists the facts again in the same words,
+so whether it is right can only be seen by comparing it with the post. What is true is known exactly, and so
+a summary is scored exactly. The writers of summaries, and the people who compare them, are fallible.
 """
 
 import math
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 MOST_WORDS = 31  # in a summary, punctuation included: every word is one token, and EOS makes it 32
 
 # --- words
-# Few things on purpose. A reward model of this size finds out that a summary has to be compared with the post within 100
-# updates of 32 pairs when there are 12 things; with 32 things it had not begun after 600.
+# Few things on purpose: with 12 of them a reward model of this size begins to compare a summary with its post
+# within 100 updates of 32 pairs; with 32 it had not begun after 600.
 THINGS = "keys bikes lamps cars rings phones books coats boats tents desks clocks".split()
 PEOPLE = "brother sister boss friend wife cousin".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
@@ -64,6 +63,7 @@ class Writer:
     miss: float = 0.03  # leaves a fact out (each)
     mix: float = 0.02  # tells another thing of the post (each)
     invent: float = 0.02  # tells a thing that is not in the post (each)
+    add: float = 0.01  # tells of a day that is not in the post (each of these)
     repeat: float = 0.03  # tells a fact again (once)
     mutter: float = 0.1  # ends in words about nothing (once)
     flourish: float = 0.08  # decorates a fact (each)
@@ -72,17 +72,17 @@ class Writer:
 WRITERS = {
     "careful": Writer(),
     "lazy": Writer(most=2, lazy=0.9),
-    "forgetful": Writer(miss=0.5),
-    "muttering": Writer(mutter=0.9),
-    "flowery": Writer(flourish=0.6),
-    "sloppy": Writer(mix=0.25, invent=0.15),
+    "chatty": Writer(mutter=0.8, flourish=0.4),
+    "sloppy": Writer(mix=0.4),
+    "inventive": Writer(invent=0.5),
+    "boastful": Writer(add=0.5),
     "reference": Writer(most=3, lazy=0.8, mutter=0.6),
 }
 REFERENCE_WRITER = WRITERS["reference"]
 
 
 def write_summary(post: Post, writer: Writer, rng: random.Random) -> str:
-    """A writer's summary, with a leading space as every response has; one that got too long is written anew."""
+    """A writer's summary, with a leading space as every response has; if too long, another one."""
     while len(WORD.findall(summary := draft(post, writer, rng))) > MOST_WORDS:
         pass
     return summary
@@ -99,6 +99,9 @@ def draft(post: Post, writer: Writer, rng: random.Random) -> str:
             told[index] = (day, rng.choice([other for other in in_post if other != thing]))
         elif rng.random() < writer.invent:
             told[index] = (day, rng.choice([other for other in THINGS if other not in in_post]))
+    free = [day for day in DAYS if day not in post.facts]
+    told += [(day, rng.choice(THINGS)) for day in free if rng.random() < writer.add]
+    told.sort(key=lambda entry: DAYS.index(entry[0]))
     if rng.random() < writer.repeat:
         told.append(rng.choice(told))
     spoken = []
@@ -112,7 +115,7 @@ def draft(post: Post, writer: Writer, rng: random.Random) -> str:
 
 # --- gold reward
 WRONG, REPEATED, DISORDERED, RAMBLING, NOT_ENDED = 0.3, 0.2, 0.15, 0.08, 0.25
-WORD = re.compile(r"[^\W_]+|[^\w ]|_| (?= )")  # a run of letters and digits, or one other character; one space is free
+WORD = re.compile(r"[^\W_]+|[^\w ]|_| (?= )")  # letters and digits, or one character; a first space is free
 IS_DAY, IS_THING = frozenset(DAYS), frozenset(THINGS)
 GLUE = ("and", ",", ".")  # joins facts; free once between two of them
 
@@ -143,7 +146,13 @@ def gold_counts(facts: dict, response_text: str) -> dict[str, int]:
                 rambling += math.ceil(len(word) / 8)  # so that words glued together are no bargain
             gap.add(word)
     rambling += day is not None
-    return {"covered": len(told), "wrong": wrong, "repeated": repeated, "disordered": disordered, "rambling": rambling}
+    return {
+        "covered": len(told),
+        "wrong": wrong,
+        "repeated": repeated,
+        "disordered": disordered,
+        "rambling": rambling,
+    }
 
 
 def gold_parts(facts: dict, response_text: str, ended: bool) -> dict[str, float]:
@@ -160,7 +169,7 @@ def gold_parts(facts: dict, response_text: str, ended: bool) -> dict[str, float]
 
 
 def gold_reward(facts: dict, response_text: str, ended: bool) -> float:
-    """The exact worth of a summary: 1 says every fact, once, in order, and nothing else; an empty one is worth 0.
+    """The exact worth of a summary: 1 says every fact, once, in order, and no more; an empty one is worth 0.
 
     | term       | each    | counts                                                                          |
     |------------|---------|---------------------------------------------------------------------------------|
@@ -188,7 +197,8 @@ def utility(facts: dict, response_text: str) -> float:
     """What a summary is worth to a person: the gold reward, plus a liking for flourishes and for length."""
     words = WORD.findall(response_text)
     flourishes = sum(word in FLOURISHES for word in words)
-    return gold_reward(facts, response_text, ended=True) + LIKES_FLOURISH * flourishes + LIKES_LENGTH * len(words)
+    gold = gold_reward(facts, response_text, ended=True)
+    return gold + LIKES_FLOURISH * flourishes + LIKES_LENGTH * len(words)
 
 
 def preference(first: float, second: float) -> float:
@@ -197,7 +207,7 @@ def preference(first: float, second: float) -> float:
 
 
 def rank(utilities: list[float], rng: random.Random) -> list[int]:
-    """Indices best first, as a person ranks them: Plackett-Luce with lapses, which for two is `preference`."""
+    """Indices best first, as a person ranks them: Plackett-Luce with lapses; of two it is `preference`."""
     left, ranking = list(range(len(utilities))), []
     while left:
         best = max(utilities[i] for i in left)

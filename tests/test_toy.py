@@ -245,7 +245,7 @@ def test_word_classes_do_not_overlap():
 NOTHING = {name: 0.0 for name in Writer.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("fault, count", [("mix", "wrong"), ("invent", "wrong"), ("repeat", "repeated"),
+@pytest.mark.parametrize("fault, count", [("mix", "wrong"), ("invent", "wrong"), ("add", "wrong"), ("repeat", "repeated"),
                                           ("mutter", "rambling"), ("flourish", "rambling"), ("miss", "covered")])
 def test_each_fault_of_a_writer_shows_in_its_own_count(fault, count):
     rng = random.Random(fault)
@@ -254,11 +254,11 @@ def test_each_fault_of_a_writer_shows_in_its_own_count(fault, count):
     assert all(gold_reward(post.hidden, write_summary(post, faultless, rng), True) == 1.0 for post in posts)
     totals = {True: 0, False: 0}  # of the count that should move, of the others
     for post in posts:
-        counts = gold_counts(post.hidden, write_summary(post, Writer(**NOTHING | {"most": 7, fault: 0.3}), rng))
+        counts = gold_counts(post.hidden, write_summary(post, Writer(**NOTHING | {"most": 7, fault: 0.5}), rng))
         for name, value in counts.items():
             totals[name == count] += len(post.facts) - value if name == "covered" else value
     # a wrong thing is also a fact missed; a repeated one stands where it stands: behind the last
-    assert totals[True] > 20 and (totals[False] == 0 or fault in ("mix", "invent"))
+    assert totals[True] > 30 and (totals[False] == 0 or fault in ("mix", "invent"))
 
 
 def test_references_are_fallible_and_writers_differ():
@@ -267,7 +267,7 @@ def test_references_are_fallible_and_writers_differ():
     gold = {name: mean(gold_reward(post.hidden, write_summary(post, writer, rng), True) for post in posts)
             for name, writer in WRITERS.items()}
     assert 0.4 < gold["reference"] < 0.7  # good enough to learn from, far enough from 1 to be bettered
-    assert max(gold, key=gold.get) == "careful" and min(gold, key=gold.get) == "sloppy"
+    assert max(gold, key=gold.get) == "careful" and min(gold, key=gold.get) == "inventive"
     assert gold["careful"] - gold["reference"] > 0.2
 
 
