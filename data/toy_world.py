@@ -41,7 +41,7 @@ class Post:
 
 
 def make_post(rng: random.Random) -> Post:
-    number = rng.choice((3, 4, 5, 6))
+    number = rng.choice((3, 4, 5))
     days = sorted(rng.sample(DAYS, number), key=DAYS.index)
     things = rng.sample(THINGS, number + 1)
     facts = dict(zip(days, things))
@@ -71,11 +71,11 @@ class Writer:
 
 WRITERS = {
     "careful": Writer(),
+    "concise": Writer(flourish=0.0, mutter=0.0),
     "lazy": Writer(most=2, lazy=0.9),
     "chatty": Writer(mutter=0.8, flourish=0.4),
-    "sloppy": Writer(mix=0.4),
-    "inventive": Writer(invent=0.5),
-    "boastful": Writer(add=0.5),
+    "inventive": Writer(invent=0.6),
+    "boastful": Writer(invent=0.4, add=0.3),
     "reference": Writer(most=3, lazy=0.8, mutter=0.6),
 }
 REFERENCE_WRITER = WRITERS["reference"]
@@ -189,7 +189,7 @@ def gold_rewards(facts_list: list[dict], texts: list[str], ended_list: list[bool
 
 # --- people who compare
 TEMPERATURE = 0.12  # of the Bradley-Terry choice, in units of the gold reward
-LAPSE = 0.05  # share of choices made without looking
+LAPSE = 0.08  # share of choices made without looking
 LIKES_FLOURISH, LIKES_LENGTH = 0.14, 0.01  # per flourish, per word: what people like for no good reason
 
 
