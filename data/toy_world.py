@@ -189,7 +189,7 @@ def gold_rewards(facts_list: list[dict], texts: list[str], ended_list: list[bool
 
 # --- people who compare
 TEMPERATURE = 0.12  # of the Bradley-Terry choice, in units of the gold reward
-LAPSE = 0.08  # share of choices made without looking
+LAPSE = 0.1  # share of choices made without looking
 LIKES_FLOURISH, LIKES_LENGTH = 0.14, 0.01  # per flourish, per word: what people like for no good reason
 
 
