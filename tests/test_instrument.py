@@ -1,4 +1,4 @@
-"""The criteria of the instrument on made-up numbers: each passes where it should and fails where one number is off."""
+"""The criteria of the instrument on made-up numbers: each passes, and fails where one number is off."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,10 @@ def test_every_seed_has_to_fail(tmp_path):
     assert not fails(tmp_path, [1, 2])[0]
 
 
-@pytest.mark.parametrize("right, bayes, expected", [(0.74, 0.87, True), (0.66, 0.87, False), (0.74, 0.95, False)])
+RIGHT_AND_BAYES = [(0.74, 0.87, True), (0.66, 0.87, False), (0.74, 0.95, False)]
+
+
+@pytest.mark.parametrize("right, bayes, expected", RIGHT_AND_BAYES)
 def test_the_proxy(tmp_path, right, bayes, expected):
     (tmp_path / "rm_s1").mkdir()
     (tmp_path / "rm_s1" / "result.json").write_text(json.dumps({"accuracy": right}))
