@@ -16,7 +16,7 @@ MOST_WORDS = 31  # in a summary, punctuation included: every word is one token, 
 # --- words
 # Few things on purpose: with 12 of them a reward model of this size begins to compare a summary with its post
 # within 100 updates of 32 pairs; with 32 it had not begun after 600.
-THINGS = "keys bikes lamps cars rings phones books coats boats tents desks clocks".split()
+THINGS = "keys bikes lamps cars rings phones books coats".split()
 PEOPLE = "brother sister boss friend wife cousin".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 FORUMS = "tifu advice pets jobs home".split()
@@ -188,8 +188,8 @@ def gold_rewards(facts_list: list[dict], texts: list[str], ended_list: list[bool
 
 
 # --- people who compare
-TEMPERATURE = 0.12  # of the Bradley-Terry choice, in units of the gold reward
-LAPSE = 0.1  # share of choices made without looking
+TEMPERATURE = 0.14  # of the Bradley-Terry choice, in units of the gold reward
+LAPSE = 0.08  # share of choices made without looking
 LIKES_FLOURISH, LIKES_LENGTH = 0.14, 0.01  # per flourish, per word: what people like for no good reason
 
 

@@ -301,9 +301,6 @@ def test_agreement_with_the_human_choices(world, tmp_path, capsys):
     assert f"(by {found['longer_by']})" in out
 
 
-FAIR = {"n": 40, "temperature": 1.0, "response_tokens": 12}  # samples of about the references' length
-
-
 def test_a_length_controlled_win_rate_that_extrapolates_says_so(world, tmp_path, capsys):
     """One token a summary is far shorter than any reference: the number stands, with a flag in the result and
     a line under the table."""
@@ -312,7 +309,8 @@ def test_a_length_controlled_win_rate_that_extrapolates_says_so(world, tmp_path,
     assert short["lc_extrapolated"] is short["judges"]["gold"]["lc_extrapolated"] is True
     assert short["lc_win_rate"] is not None
     assert "lc_win of sft is extrapolated" in capsys.readouterr().out
-    fair = main(config(world, tmp_path / "fair", judge="gold", **settings | FAIR))
+    about_as_long = str(world / "rloo/ckpt/step_00000010")
+    fair = main(config(world, tmp_path / "fair", judge="gold", model=about_as_long, **settings))
     assert fair["lc_extrapolated"] is False
     assert "is extrapolated" not in capsys.readouterr().out
     assert "lc_extrapolated" not in main(config(world, tmp_path / "none", **settings))
