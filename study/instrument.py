@@ -49,10 +49,11 @@ WINDOW = 8  # updates in a mean of the log
 OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
 
 # The demo's settings
-SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=8000 --loss_on=response"
+SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response"
 SFT += " --max_grad_norm=1"
-RM = "--lr=1e-3 --warmup=0.05 --batch_size=32 --train_rows=20000 --center_rows=500"
-RLOO = "--k=4 --batch_size=128 --episodes=12800 --ppo_epochs=1 --lr=2e-4 --temperature=0.7"
+RM = "--lr=1.5e-3 --warmup=0.05 --batch_size=32 --train_rows=20000 --center_rows=500"
+RLOO = "--k=4 --batch_size=64 --episodes=6400 --ppo_epochs=1 --lr=1e-4 --schedule=constant"
+RLOO += " --temperature=0.7"
 KL = "--reward=kl:0.1"
 FREE = "--reward=kl:0 --save_every=20 --keep=0"
 DPO = "--loss=dpo --train_rows=5000 --batch_size=32 --lr=1e-4"
