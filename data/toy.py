@@ -1,10 +1,11 @@
-"""Write the toy world (data/toy_world.py) as a prepared data directory: the shape of TL;DR, made in seconds, with an exact gold reward.
+"""Write the toy world (data/toy_world.py) as a prepared data directory: TL;DR in small, with a true reward.
 
-Posts hide three to five facts among distractions; fallible writers summarise them; fallible people compare the summaries. Everything
-follows from the seed: the same seed gives the same files. The tokenizer (byte-level BPE, one token per word) is the same for every seed.
-Besides the data the directory holds `base/`: the configuration of a small GPT-NeoX without weights, and the tokenizer, for --init=scratch.
+Fallible writers summarise posts, fallible people compare the summaries. Everything follows from the seed: the
+same seed gives the same files. The tokenizer (byte-level BPE, one token per word) is the same for every seed.
+Beside the data lies `base/` for --init=scratch: the configuration of a small GPT-NeoX, and the tokenizer.
 
     python data/toy.py --out_dir=out/toy/data
+    python data/toy.py --check      # writes nothing: noise of the labels, faults of the writers, gold
 """
 
 import hashlib
@@ -27,13 +28,16 @@ from data.toy_world import (  # noqa: E402
     REFERENCE_WRITER,
     WRITERS,
     Post,
+    gold_counts,
+    gold_parts,
     gold_reward,
     make_post,
+    preference,
     rank,
     utility,
     write_summary,
 )
-from rlhf.config import check_ranges, command_line  # noqa: E402
+from rlhf.config import UserError, check_ranges, command_line  # noqa: E402
 from rlhf.files import check_data_dir, data_aside, move_data_in  # noqa: E402
 from rlhf.model import NeoXConfig  # noqa: E402
 from rlhf.pretrained import save_tokenizer  # noqa: E402
@@ -42,31 +46,33 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
 RESPONSE_TOKENS = MOST_WORDS + 1  # with EOS
 CANDIDATES = 4  # in a ranking
 SIZES = {  # width, layers, heads
-    "small": (64, 2, 2),
-    "medium": (128, 3, 4),
-    "large": (192, 4, 6),
+    "small": (64, 3, 1),
+    "medium": (128, 3, 2),
+    "large": (192, 3, 3),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     # I/O
-    out_dir: str                                          # prepared data directory to write
-    overwrite: bool = False                               # write into a directory that is not empty
+    out_dir: str = ""  # prepared data directory to write
+    overwrite: bool = False  # write into a directory that is not empty
+    check: bool = False  # print the numbers of the world and write nothing
     # world
-    seed: int = 0                                         # of posts, writers and people
-    posts: int = 12000                                    # rows of sft_train
-    pairs: int = 20000                                   # rows of pairs_train
-    rankings: int = 1000                                  # rows of rankings_train
-    validation: int = 500                                 # rows of sft_validation and of pairs_validation
-    test: int = 500                                       # rows of sft_test
+    seed: int = 0  # of posts, writers and people
+    posts: int = 12000  # rows of sft_train
+    pairs: int = 20000  # rows of pairs_train
+    rankings: int = 1000  # rows of rankings_train
+    validation: int = 500  # rows of sft_validation and of pairs_validation
+    test: int = 500  # rows of sft_test
     # base model
-    size: Literal["small", "medium", "large"] = "medium"  # of base/config.json: 0.2, 0.7 or 2 million parameters
+    size: Literal["small", "medium", "large"] = "medium"  # of base/: 0.2, 0.7 or 1.4 million parameters
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- rows
+# --- rows
 def sft_row(post: Post, rng: random.Random) -> dict:
-    return {"reference_response": write_summary(post, REFERENCE_WRITER, rng)}
+    text = write_summary(post, REFERENCE_WRITER, rng)
+    return {"reference_response": text, "reference_parts": gold_parts(post.hidden, text, ended=True)}
 
 
 def candidates(post: Post, number: int, rng: random.Random) -> tuple[list[str], list[str]]:
@@ -81,44 +87,65 @@ def candidates(post: Post, number: int, rng: random.Random) -> tuple[list[str], 
 
 
 def pair_row(post: Post, rng: random.Random) -> dict:
-    (chosen, rejected), (chosen_policy, rejected_policy) = candidates(post, 2, rng)
-    difference = abs(gold_reward(post.hidden, chosen, ended=True) - gold_reward(post.hidden, rejected, ended=True))
+    """`preference` is the exact probability that the chosen summary is preferred to the rejected one."""
+    texts, writers = candidates(post, 2, rng)
+    parts = [gold_parts(post.hidden, text, ended=True) for text in texts]
+    gold = [sum(part.values()) for part in parts]
+    utilities = [utility(post.hidden, text) for text in texts]
+    difference = abs(gold[0] - gold[1])
     return {
-        "chosen": chosen,
-        "rejected": rejected,
-        "chosen_policy": chosen_policy,
-        "rejected_policy": rejected_policy,
+        "chosen": texts[0],
+        "rejected": texts[1],
+        "chosen_policy": writers[0],
+        "rejected_policy": writers[1],
+        "chosen_parts": parts[0],
+        "rejected_parts": parts[1],
+        "preference": preference(*utilities),
         "batch": "toy",
-        "confidence": 1 + sum(difference > edge for edge in (0.1, 0.25, 0.5, 1.0)),  # 1 = a toss-up, 5 = plain to see
+        "confidence": 1 + sum(difference > edge for edge in (0.1, 0.25, 0.5, 1.0)),  # 1 = a toss-up
     }
 
 
 def ranking_row(post: Post, rng: random.Random) -> dict:
-    return {"responses": candidates(post, CANDIDATES, rng)[0]}
+    texts = candidates(post, CANDIDATES, rng)[0]
+    return {
+        "responses": texts,
+        "rewards": [gold_reward(post.hidden, text, ended=True) for text in texts],
+        "utilities": [utility(post.hidden, text) for text in texts],
+    }
 
 
-def make_rows(file: str, number: int, row: Callable[[Post, random.Random], dict], seed: int, seen: set[str]) -> list[dict]:
-    """Each row has its own random numbers: the first rows stay the same when more are asked for. `seen`: no post comes twice in any file."""
+def make_rows(
+    file: str, number: int, row: Callable[[Post, random.Random], dict], seed: int, seen: set[str],
+) -> list[dict]:
+    """Each row has its own random numbers: the first rows stay the same when more are asked for.
+
+    `seen`: no post comes twice in any file.
+    """
     rows = []
     for index in range(number):
         rng = random.Random(f"{seed}/{file}/{index}")
         while (post := make_post(rng)).query in seen:
             pass
         seen.add(post.query)
-        rows.append({"id": f"{file}-{index}", "query": post.query, "facts": json.dumps(post.hidden), **row(post, rng)})
+        common = {"id": f"{file}-{index}", "query": post.query, "facts": json.dumps(post.hidden)}
+        rows.append(common | row(post, rng))
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------------------------- tokenizer
+# --- tokenizer
 def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE on a fixed sample of the world, whatever the seed of the data: models of different seeds share their tokens."""
+    """Byte-level BPE on a fixed sample of the world: models of different seeds share their tokens."""
     rng = random.Random("tokenizer")
-    texts = [post.query + write_summary(post, WRITERS["chatty"], rng) for post in (make_post(rng) for _ in range(2000))]
+    posts = (make_post(rng) for _ in range(2000))
+    texts = [post.query + write_summary(post, WRITERS["chatty"], rng) for post in posts]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -132,51 +159,115 @@ def add_tokens(rows: list[dict], tokenizer: Tokenizer) -> None:
             row[f"{key}_token"] = encoding.ids + ([] if key == "query" else [end])
     if "responses" in rows[0]:
         for row in rows:
-            row["responses_token"] = [encoding.ids + [end] for encoding in tokenizer.encode_batch(row["responses"])]
+            encodings = tokenizer.encode_batch(row["responses"])
+            row["responses_token"] = [encoding.ids + [end] for encoding in encodings]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ files
+# --- files
 def write_parquet(path: Path, rows: list[dict]) -> None:
-    ids = pa.list_(pa.int32())
+    ids, numbers = pa.list_(pa.int32()), pa.list_(pa.float64())
     types = {"responses": pa.list_(pa.string()), "responses_token": pa.list_(ids), "confidence": pa.int32()}
-    schema = pa.schema([(key, types.get(key, ids if key.endswith("_token") else pa.string())) for key in rows[0]])
+    types |= {"preference": pa.float64(), "rewards": numbers, "utilities": numbers}
+    parts = pa.struct([(name, pa.float64()) for name in gold_parts({"facts": {"": ""}}, "", True)])
+
+    def type_of(key: str) -> pa.DataType:
+        if key.endswith("_token"):
+            return types.get(key, ids)
+        return parts if key.endswith("_parts") else types.get(key, pa.string())
+
+    schema = pa.schema([(key, type_of(key)) for key in rows[0]])
     pq.write_table(pa.Table.from_pylist(rows, schema), path)
 
 
 def write_base(folder: Path, size: str, tokenizer: Tokenizer) -> None:
-    """A Hugging Face GPT-NeoX directory without weights. Tied embeddings, rotary on whole heads and wide initial weights let a model this small learn to
-    copy from the post within a minute."""
+    """A Hugging Face GPT-NeoX directory without weights. Tied embeddings, rotary on whole heads with a base
+    for short texts, wide initial weights and heads of 64: copying from the post forms within 250 updates."""
     folder.mkdir(exist_ok=True)
     width, layers, heads = SIZES[size]
-    config = NeoXConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                        intermediate_size=4 * width, max_position_embeddings=256, rotary_pct=1.0, tie_word_embeddings=True, initializer_range=0.08)
+    config = NeoXConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=256,
+        rotary_pct=1.0,
+        rotary_emb_base=100.0,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+    )
     described = {"architectures": ["GPTNeoXForCausalLM"], **config.to_dict()}
     (folder / "config.json").write_text(json.dumps(described, indent=2))
     save_tokenizer(tokenizer, folder, config.max_position_embeddings)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- statistics
+# --- statistics
 def sft_statistics(rows: list[dict]) -> dict[str, float]:
     return {
         "prompt_tokens_mean": mean(len(row["query_token"]) for row in rows),
         "reference_tokens_mean": mean(len(row["reference_response_token"]) for row in rows),
-        "gold_reference": mean(gold_reward(json.loads(row["facts"]), row["reference_response"], ended=True) for row in rows),
+        "gold_reference": mean(sum(row["reference_parts"].values()) for row in rows),
     }
 
 
 def pair_statistics(rows: list[dict]) -> dict[str, float]:
-    gold = [[gold_reward(json.loads(row["facts"]), row[side], ended=True) for side in ("chosen", "rejected")] for row in rows]
+    gold = [[sum(row[f"{side}_parts"].values()) for side in ("chosen", "rejected")] for row in rows]
     length = [[len(row[f"{side}_token"]) for side in ("chosen", "rejected")] for row in rows]
     return {
         "gold_chosen": mean(chosen for chosen, _ in gold),
         "gold_rejected": mean(rejected for _, rejected in gold),
+        "label_bayes_accuracy": mean(max(row["preference"], 1 - row["preference"]) for row in rows),
         "label_agrees_with_gold": mean(chosen > rejected for chosen, rejected in gold if chosen != rejected),
         "longer_chosen": mean(chosen > rejected for chosen, rejected in length if chosen != rejected),
     }
 
 
+def check(seed: int, number: int = 4000) -> dict:
+    """The numbers of the world, from `number` posts: noise of the labels, faults and what they cost."""
+    posts = [make_post(random.Random(f"{seed}/check/{index}")) for index in range(number)]
+    faults = {}
+    for name, writer in WRITERS.items():
+        rng = random.Random(f"{seed}/{name}")
+        texts = [write_summary(post, writer, rng) for post in posts]
+        counts = [gold_counts(post.hidden, text) for post, text in zip(posts, texts)]
+        parts = [gold_parts(post.hidden, text, ended=True) for post, text in zip(posts, texts)]
+        faults[name] = {
+            "gold": mean(sum(part.values()) for part in parts),
+            "missing": mean(len(post.facts) - count["covered"] for post, count in zip(posts, counts)),
+            **{key: mean(count[key] for count in counts) for key in counts[0] if key != "covered"},
+            "cost": {key: mean(part[key] for part in parts) for key in parts[0] if key != "not_ended"},
+        }
+    rng = random.Random(f"{seed}/pairs")
+    pairs = [pair_row(post, rng) for post in posts]
+    agree = mean(row["preference"] > 0.5 for row in pairs)
+    return {
+        "facts_per_post": mean(len(post.facts) for post in posts),
+        "label_bayes_accuracy": mean(max(row["preference"], 1 - row["preference"]) for row in pairs),
+        "label_is_the_likelier": agree,
+        "writers": faults,
+    }
+
+
+def show_check(numbers: dict) -> None:
+    print(f"facts in a post: {numbers['facts_per_post']:.2f}")
+    print(f"Bayes accuracy of the labels: {numbers['label_bayes_accuracy']:.3f}")
+    columns = [key for key in numbers["writers"]["reference"] if key != "cost"]
+    print("\nfaults in a summary, by writer\n" + " " * 12 + "".join(f"{key:>12}" for key in columns))
+    for name, faults in numbers["writers"].items():
+        print(f"{name:12}" + "".join(f"{faults[key]:12.2f}" for key in columns))
+    costs = numbers["writers"]["reference"]["cost"]
+    parts = ", ".join(f"{key} {value:+.3f}" for key, value in costs.items())
+    print(f"\ngold reward of a reference by its parts: {parts}")
+    print(json.dumps(numbers))
+
+
 def main(cfg: Config) -> None:
     check_ranges(cfg)
+    if cfg.check:
+        show_check(check(cfg.seed))
+        return
+    if not cfg.out_dir:
+        raise UserError("--out_dir is missing: where to write the data (--check prints numbers only)")
     out = Path(cfg.out_dir)
     check_data_dir(out, "toy", cfg.overwrite)
     aside = data_aside(out)
@@ -215,7 +306,8 @@ def main(cfg: Config) -> None:
     move_data_in(out)
 
     row = data["pairs_train"][0]
-    print(f"{row['query']}\n\nchosen:  {row['chosen']}\nrejected:{row['rejected']}\nfacts:   {row['facts']}\n")
+    print(f"{row['query']}\n\nchosen:  {row['chosen']}\nrejected:{row['rejected']}")
+    print(f"facts:   {row['facts']}\n")
     for name, value in result.items():
         print(f"{name:24}", f"{value:.3f}" if isinstance(value, float) else value)
     print(json.dumps(result))

@@ -309,7 +309,8 @@ def test_a_length_controlled_win_rate_that_extrapolates_says_so(world, tmp_path,
     assert short["lc_extrapolated"] is short["judges"]["gold"]["lc_extrapolated"] is True
     assert short["lc_win_rate"] is not None
     assert "lc_win of sft is extrapolated" in capsys.readouterr().out
-    fair = main(config(world, tmp_path / "fair", judge="gold", **settings))
+    about_as_long = str(world / "rloo/ckpt/step_00000010")
+    fair = main(config(world, tmp_path / "fair", judge="gold", model=about_as_long, **settings))
     assert fair["lc_extrapolated"] is False
     assert "is extrapolated" not in capsys.readouterr().out
     assert "lc_extrapolated" not in main(config(world, tmp_path / "none", **settings))

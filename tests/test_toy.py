@@ -24,31 +24,34 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data import toy, toy_world
+from data import toy
 from data.toy_world import (
+    DAYS,
     DISORDERED,
     FLOURISHES,
     GLUE,
-    JOINTS,
     LAPSE,
     LIKES_FLOURISH,
     LIKES_LENGTH,
-    MADE_UP,
     MOST_WORDS,
+    MUTTERING,
     NOT_ENDED,
+    PEOPLE,
     RAMBLING,
     REFERENCE_WRITER,
     REPEATED,
     TEMPERATURE,
     THINGS,
-    UNDOING,
     WORD,
     WRITERS,
+    WRONG,
     Writer,
     gold_counts,
+    gold_parts,
     gold_reward,
     gold_rewards,
     make_post,
+    preference,
     rank,
     utility,
     write_summary,
@@ -56,11 +59,12 @@ from data.toy_world import (
 from rlhf.config import UserError
 
 ROOT = Path(__file__).parents[1]
+X, Y, Z, FREE = DAYS[:4]
 A, B, C, OTHER = THINGS[:4]
-FACTS = {"facts": [A, B, C]}
+FACTS = {"facts": {X: A, Y: B, Z: C}}
 SMALL = {"posts": 60, "pairs": 40, "rankings": 20, "validation": 30, "test": 10, "size": "small"}
 ROWS = {"sft_train": 60, "sft_validation": 30, "sft_test": 10, "pairs_train": 40, "pairs_validation": 30, "rankings_train": 20}
-PERFECT = f" {A}, {B} and then {C}."
+PERFECT = f" {X} {A} {Y} {B} {Z} {C}."
 
 
 @pytest.fixture(scope="module")
@@ -96,72 +100,71 @@ def own_tokens(row: dict) -> list[tuple[str, list[int]]]:
     return out + list(zip(row.get("responses", []), row.get("responses_token", [])))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ gold reward
+# --- gold reward
 @pytest.mark.parametrize("text, expected", [
     # covered
     (PERFECT, 1.0),
-    (f" {A}, {B}.", 2 / 3),
-    (f" {B}", 1 / 3),
+    (f" {X} {A} {Y} {B}.", 2 / 3),
+    (f" {Y} {B}", 1 / 3),
     ("", 0.0),
-    (" i, and then.", 0.0),
-    # made up
-    (f" {A}, {B}, {C}, {OTHER}.", 1 - MADE_UP),
-    (f" {OTHER}, {OTHER}", -2 * MADE_UP),
+    (" , and.", 0.0),
+    # wrong
+    (f"{PERFECT} {FREE} {OTHER}.", 1 - WRONG),  # a day without a fact
+    (f" {X} {B} {Y} {B} {Z} {C}.", 2 / 3 - WRONG),  # the thing of another day
+    (f" {X} {A} {B} {Z} {C}.", 2 / 3 - WRONG),  # no day
+    (f" {OTHER} {A}", -2 * WRONG),
     # repeated
-    (f" {A}, {B}, {C}, {B}.", 1 - REPEATED),
-    (f" {A}, {A}, {A}", 1 / 3 - 2 * REPEATED),
+    (f" {X} {A} {Y} {B} {X} {A} {Z} {C}", 1 - REPEATED),
+    (f" {X} {A} {X} {A} {X} {A}", 1 / 3 - 2 * REPEATED),
     # disordered: told after one that comes later
-    (f" {B}, {A}, {C}", 1 - DISORDERED),
-    (f" {C}, {A}, {B}", 1 - 2 * DISORDERED),
-    (f" {C}, {B}, {A}", 1 - 2 * DISORDERED),
-    (f" {C}, {A}", 2 / 3 - DISORDERED),
+    (f" {Y} {B} {X} {A} {Z} {C}", 1 - DISORDERED),
+    (f" {Z} {C} {X} {A} {Y} {B}", 1 - 2 * DISORDERED),
+    (f" {Z} {C} {Y} {B} {X} {A}", 1 - 2 * DISORDERED),
     # rambling
-    (f" really {A}, {B}, {C}.", 1 - RAMBLING),
-    (f" {A}, {B}, {C}, not my day.", 1 - 3 * RAMBLING),
-    (f" {A},, {B}, {C}.", 1 - RAMBLING),  # the same glue twice in one gap
+    (f" really {X} {A} {Y} {B} {Z} {C}.", 1 - RAMBLING),
+    (f" {X} really {A} {Y} {B} {Z} {C}.", 1 - RAMBLING),
+    (f" {X} {A} {Y} {B} {Z} {C} not my day.", 1 - 3 * RAMBLING),
+    (f" {X} {A},, {Y} {B} {Z} {C}.", 1 - RAMBLING),  # the same glue twice in one gap
     (f" {A}{B}{C}" + "x" * (17 - len(A + B + C)), -3 * RAMBLING),  # glued together: 17 letters
-    (f"  {A}, {B}, {C}", 1 - RAMBLING),  # a second space
-    (f" {A}, {B}, {C}   ", 1 - 2 * RAMBLING),
-    (f" {A}\n{B}\n\n{C}", 1 - 3 * RAMBLING),
-    (f" {A}, {B}, {C.capitalize()}", 2 / 3 - RAMBLING),
-    (f" {A}_{B}, {C}", 1 - RAMBLING),
-    (f" {A}, {B}, {C}\N{REPLACEMENT CHARACTER}", 1 - RAMBLING),  # what broken bytes are decoded to
-    # somebody else's, undone, hearsay: a made up thing, and the word itself is rambling
-    (f" never {A}, {B}, {C}", 2 / 3 - MADE_UP - RAMBLING),
-    (f" {A}, {B}, they say {C}", 2 / 3 - MADE_UP - 2 * RAMBLING),
-    (f" my boss {A}, {B}, {C}", 2 / 3 - MADE_UP - 2 * RAMBLING),  # and no further than to the next thing
-    # all at once: B and A covered, A late, B again, OTHER made up, "really" and "so"
-    (f" really {B}, {A}, so {B}, {OTHER}", 2 / 3 - DISORDERED - REPEATED - MADE_UP - 2 * RAMBLING),
+    (f"  {X} {A} {Y} {B} {Z} {C}", 1 - RAMBLING),  # a second space
+    (f" {X} {A}\n{Y} {B}\n\n{Z} {C}", 1 - 3 * RAMBLING),
+    (f" {X} {A} {Y} {B} {Z} {C.capitalize()}", 2 / 3 - 2 * RAMBLING),  # the word, and the day that has no thing
+    (f" {X} {A} {Y} {B} {Z} {C}\N{REPLACEMENT CHARACTER}", 1 - RAMBLING),  # what broken bytes are decoded to
+    (f" {X} {X} {A} {FREE}", 1 / 3 - 2 * RAMBLING),  # days of which nothing is told
+    # all at once: B and A told, A late, B again, OTHER wrong, "really" and "so"
+    (f" really {Y} {B} {X} {A} so {Y} {B} {Z} {OTHER}", 2 / 3 - DISORDERED - REPEATED - WRONG - 2 * RAMBLING),
 ])  # fmt: skip
 def test_gold_to_the_last_digit(text, expected):
     assert gold_reward(FACTS, text, ended=True) == pytest.approx(expected, abs=1e-12)
     assert gold_reward(FACTS, text, ended=False) == pytest.approx(expected - NOT_ENDED, abs=1e-12)
 
 
-def test_counts():
-    text = f" really {B}, {A}, so {B}, {OTHER}"
-    assert gold_counts(FACTS, text) == {"covered": 2, "made_up": 1, "repeated": 1, "disordered": 1, "rambling": 2}
-    assert gold_counts(FACTS, "") == dict.fromkeys(("covered", "made_up", "repeated", "disordered", "rambling"), 0)
+def test_counts_and_parts():
+    text = f" really {Y} {B} {X} {A} so {Y} {B} {Z} {OTHER}"
+    assert gold_counts(FACTS, text) == {"covered": 2, "wrong": 1, "repeated": 1, "disordered": 1, "rambling": 2}
+    assert gold_counts(FACTS, "") == dict.fromkeys(("covered", "wrong", "repeated", "disordered", "rambling"), 0)
+    parts = {"covered": 2 / 3, "wrong": -WRONG, "repeated": -REPEATED, "disordered": -DISORDERED}
+    assert gold_parts(FACTS, text, False) == parts | {"rambling": -2 * RAMBLING, "not_ended": -NOT_ENDED}
+    assert sum(gold_parts(FACTS, text, False).values()) == gold_reward(FACTS, text, False)
 
 
 def test_the_docstring_states_the_coefficients():
     stated = dict(re.findall(r"\| (\w[\w ]*?) +\| - (0\.\d\d) +\|", gold_reward.__doc__))
-    actual = {"made_up": MADE_UP, "repeated": REPEATED, "disordered": DISORDERED, "rambling": RAMBLING, "not ended": NOT_ENDED}
+    actual = {"wrong": WRONG, "repeated": REPEATED, "disordered": DISORDERED, "rambling": RAMBLING, "not ended": NOT_ENDED}
     assert {name: float(value) for name, value in stated.items()} == actual
 
 
 def test_a_list_of_rewards_is_the_rewards_one_by_one():
-    other = {"facts": [OTHER, A]}
-    assert gold_rewards([FACTS, other], [PERFECT, f" {A}"], [True, False]) == [1.0, 1 / 2 - NOT_ENDED]
+    other = {"facts": {X: OTHER, Y: A}}
+    assert gold_rewards([FACTS, other], [PERFECT, f" {Y} {A}"], [True, False]) == [1.0, 1 / 2 - NOT_ENDED]
     with pytest.raises(ValueError):
         gold_rewards([FACTS, other], [PERFECT], [True, False])
 
 
 def test_gold_does_not_care_for_style():
-    for opening in ("", " ", " i ", " then "):
-        for joint in JOINTS + (" ", ", and then i "):
-            for end in ("", ".", " "):
-                assert gold_reward(FACTS, opening + joint.join((A, B, C)) + end, ended=True) == 1.0
+    for joint in (" ", ", ", " and ", ", and "):
+        for end in ("", ".", " "):
+            assert gold_reward(FACTS, " " + joint.join((f"{X} {A}", f"{Y} {B}", f"{Z} {C}")) + end, ended=True) == 1.0
 
 
 def test_every_fault_costs_and_every_fact_pays():
@@ -170,38 +173,43 @@ def test_every_fault_costs_and_every_fact_pays():
     rng = random.Random(0)
     for _ in range(300):
         post = make_post(rng)
-        text = write_summary(post, WRITERS[rng.choice(list(WRITERS))], rng)
-        before, counts = gold_reward(post.hidden, text, True), gold_counts(post.hidden, text)
+        text = write_summary(post, WRITERS[rng.choice(list(WRITERS))], rng).rstrip(".")
+        start, counts = gold_reward(post.hidden, text, True), gold_counts(post.hidden, text)
         words = WORD.findall(text)
-        last = max(i for i, word in enumerate(words) if word in THINGS)
-        base = " " + " ".join(words[: last + 1])  # without a tail, so that nothing said there colours what is added
-        start = gold_reward(post.hidden, base, True)
-        assert start == pytest.approx(before + RAMBLING * (counts["rambling"] - gold_counts(post.hidden, base)["rambling"]), abs=1e-12)
-        told = [word for word in words if word in post.facts]
-        foreign = next(thing for thing in THINGS if thing not in post.facts)
-        latest = max((post.facts.index(word) for word in told), default=-1)
-        for added, change in [(foreign, -MADE_UP), ("qqqq", -RAMBLING), ("q" * 9, -2 * RAMBLING), (f"so {foreign}", -MADE_UP - RAMBLING)]:
-            assert gold_reward(post.hidden, f"{base}, {added}", True) - start == pytest.approx(change, abs=1e-12)
-        for index, fact in enumerate(post.facts):
-            change = -REPEATED if fact in told else 1 / len(post.facts) - DISORDERED * (index < latest)
-            assert gold_reward(post.hidden, f"{base}, {fact}", True) - start == pytest.approx(change, abs=1e-12)
-            assert gold_reward(post.hidden, f"{base}, never {fact}", True) - start == pytest.approx(-MADE_UP - RAMBLING, abs=1e-12)
-        assert before <= 1.0
+        told = {day for day, thing in zip(words, words[1:]) if post.facts.get(day) == thing}
+        assert len(told) == counts["covered"] and start <= 1.0
+        free = next(day for day in DAYS if day not in post.facts)
+        for added, change in [
+            (f"{free} {A}", -WRONG),
+            (f"{PEOPLE[0]} {A}", -WRONG - RAMBLING),
+            (A, -WRONG),
+            ("qqqq", -RAMBLING),
+            ("q" * 9, -2 * RAMBLING),
+        ]:
+            assert gold_reward(post.hidden, f"{text} {added}", True) - start == pytest.approx(change, abs=1e-12)
+        order = list(post.facts)
+        latest = max((order.index(day) for day in told), default=-1)
+        for index, (day, thing) in enumerate(post.facts.items()):
+            change = -REPEATED if day in told else 1 / len(order) - DISORDERED * (index < latest)
+            assert gold_reward(post.hidden, f"{text} {day} {thing}", True) - start == pytest.approx(change, abs=1e-12)
 
 
 def test_a_post_is_best_summarised_by_its_facts_in_order():
     rng = random.Random(1)
-    for _ in range(100):
+    for _ in range(30):
         post = make_post(rng)
-        rewards = {order: gold_reward(post.hidden, " " + ", ".join(order) + ".", True) for order in permutations(post.facts)}
+        rewards = {}
+        for order in permutations(post.facts):
+            text = " " + " ".join(f"{day} {post.facts[day]}" for day in order) + "."
+            rewards[order] = gold_reward(post.hidden, text, True)
         assert rewards.pop(tuple(post.facts)) == 1.0
         assert max(rewards.values()) == pytest.approx(1 - DISORDERED, abs=1e-12)
 
 
 def test_garbage_is_clearly_negative():
-    assert gold_reward(FACTS, " " + " ".join(THINGS[3:19]), ended=False) == pytest.approx(-16 * MADE_UP - NOT_ENDED)
+    assert gold_reward(FACTS, " " + " ".join(THINGS), ended=False) == pytest.approx(-len(THINGS) * WRONG - NOT_ENDED)
     assert gold_reward(FACTS, " really" * 32, ended=False) == pytest.approx(-32 * RAMBLING - NOT_ENDED)
-    assert -16 * MADE_UP < -1 and -32 * RAMBLING < -1
+    assert -len(THINGS) * WRONG < -1 and -32 * RAMBLING < -1
 
 
 def test_gold_is_fast():
@@ -213,57 +221,67 @@ def test_gold_is_fast():
     assert time.process_time() - began < 0.2  # 10,000 a second
 
 
-# ------------------------------------------------------------------------------------------------------------------- posts and writers
-def test_posts_tell_their_facts_in_order_and_frame_the_distractions():
-    rng, ends = random.Random(3), set()
+# --- posts and writers
+def test_posts_tell_their_facts_and_a_distraction():
+    rng, places = random.Random(3), set()
     for _ in range(300):
         post = make_post(rng)
-        ends.add((post.told[0][0], post.told[-1][0]))
-        things = [thing for _, thing in post.told]
-        assert [thing for is_fact, thing in post.told if is_fact] == post.facts
-        assert len(set(things)) == len(things) > len(post.facts) > 1
-        body = post.query.split("POST: ")[1].removesuffix("\n\nTL;DR:")
-        sentences = [s for s in body.rstrip(".").split(". ") if set(WORD.findall(s)) & set(things)]
-        assert [next(w for w in WORD.findall(s) if w in things) for s in sentences] == things
-        assert [not set(WORD.findall(s)) & UNDOING for s in sentences] == [is_fact for is_fact, _ in post.told]
+        told = post.query.split("POST: ")[1].removesuffix("\n\nTL;DR:").split(" ")
+        pairs = list(zip(told[::2], told[1::2]))
+        assert [pair for pair in pairs if pair[0] in DAYS] == list(post.facts.items())
+        assert [pair for pair in pairs if pair[0] in PEOPLE] == post.others
+        assert list(post.facts) == sorted(post.facts, key=DAYS.index)
+        things = [thing for _, thing in pairs]
+        assert len(set(things)) == len(things) < len(THINGS)  # a thing can be invented
+        places.add((pairs[0][0] in DAYS, pairs[-1][0] in DAYS))
         assert re.fullmatch(r"SUBREDDIT: r/\w+\n\nTITLE: .+\n\nPOST: .+\n\nTL;DR:", post.query)
-    assert len(ends) == 4  # a post begins and ends with a fact or with a distraction
+    assert len(places) == 3  # the distraction comes first, last or between
 
 
 def test_word_classes_do_not_overlap():
-    assert len(set(THINGS)) == len(THINGS)
-    assert not set(THINGS) & (set(GLUE) | set(FLOURISHES) | UNDOING | set(toy_world.VERBS))
-    assert not set(FLOURISHES) & (set(GLUE) | UNDOING) and not set(GLUE) & UNDOING
+    mutter = {word for text in MUTTERING for word in text.split()}
+    classes = [set(THINGS), set(DAYS), set(PEOPLE), set(GLUE), set(FLOURISHES), mutter]
+    assert sum(map(len, classes)) == len(set().union(*classes))
 
 
 NOTHING = {name: 0.0 for name in Writer.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("fault, count", [("believe", "made_up"), ("garble", "made_up"), ("repeat", "repeated"), ("swap", "disordered"),
+@pytest.mark.parametrize("fault, count", [("mix", "wrong"), ("invent", "wrong"), ("add", "wrong"), ("repeat", "repeated"),
                                           ("mutter", "rambling"), ("flourish", "rambling"), ("miss", "covered")])
 def test_each_fault_of_a_writer_shows_in_its_own_count(fault, count):
     rng = random.Random(fault)
     posts = [make_post(rng) for _ in range(100)]
-    faultless = Writer(**NOTHING)
+    faultless = Writer(**NOTHING | {"most": 7})
     assert all(gold_reward(post.hidden, write_summary(post, faultless, rng), True) == 1.0 for post in posts)
     totals = {True: 0, False: 0}  # of the count that should move, of the others
     for post in posts:
-        counts = gold_counts(post.hidden, write_summary(post, Writer(**NOTHING | {fault: 0.3}), rng))
+        counts = gold_counts(post.hidden, write_summary(post, Writer(**NOTHING | {"most": 7, fault: 0.5}), rng))
         for name, value in counts.items():
             totals[name == count] += len(post.facts) - value if name == "covered" else value
-    # a garbled thing is also a missed one, or one said twice and out of order
-    assert totals[True] > 20 and (totals[False] == 0 or fault == "garble")
+    # a wrong thing is also a fact missed; a repeated one stands where it stands: behind the last
+    assert totals[True] > 30 and (totals[False] == 0 or fault in ("mix", "invent"))
 
 
 def test_references_are_fallible_and_writers_differ():
     rng = random.Random(4)
     posts = [make_post(rng) for _ in range(1500)]
     gold = {name: mean(gold_reward(post.hidden, write_summary(post, writer, rng), True) for post in posts)
-            for name, writer in {**WRITERS, "reference": REFERENCE_WRITER}.items()}
-    assert 0.4 < gold["reference"] < 0.7
-    assert gold["careful"] > gold["reference"] > gold["terrible"]
-    assert gold["careful"] - gold["terrible"] > 0.8
-    assert max(gold, key=gold.get) == "careful" and min(gold, key=gold.get) == "terrible"
+            for name, writer in WRITERS.items()}
+    assert 0.4 < gold["reference"] < 0.7  # good enough to learn from, far enough from 1 to be bettered
+    assert max(gold, key=gold.get) == "concise" and min(gold, key=gold.get) == "inventive"
+    assert gold["concise"] - gold["reference"] > 0.2
+
+
+def test_the_faults_of_references_are_habits():
+    """What most references do a greedy summary does too, so lowering the temperature does not better it."""
+    rng = random.Random(8)
+    posts = [post for post in (make_post(rng) for _ in range(1000)) if len(post.facts) > 3]
+    texts = [write_summary(post, REFERENCE_WRITER, rng) for post in posts]
+    counts = [gold_counts(post.hidden, text) for post, text in zip(posts, texts)]
+    assert mean(count["covered"] < len(post.facts) for post, count in zip(posts, counts)) > 0.6
+    assert mean("sorry" in text for text in texts) > 0.5
+    assert mean(count["wrong"] == 0 for count in counts) > 0.8  # and these are not
 
 
 def test_summaries_keep_to_the_cap():
@@ -272,10 +290,10 @@ def test_summaries_keep_to_the_cap():
     assert max(lengths) <= MOST_WORDS and min(lengths) >= 2
 
 
-# ----------------------------------------------------------------------------------------------------------------- people who compare
+# --- people who compare
 def test_utility_is_gold_and_a_liking_for_flourish_and_length():
-    text = f" {FLOURISHES[0]} {A}, {B}, {FLOURISHES[1]} {C}."  # 8 words with punctuation, two of them flourishes
-    assert utility(FACTS, text) == pytest.approx(1 - 2 * RAMBLING + 2 * LIKES_FLOURISH + 8 * LIKES_LENGTH, abs=1e-12)
+    text = f" {FLOURISHES[0]} {X} {A} {Y} {B} {FLOURISHES[1]} {Z} {C}."  # 9 words with the full stop, two flourishes
+    assert utility(FACTS, text) == pytest.approx(1 - 2 * RAMBLING + 2 * LIKES_FLOURISH + 9 * LIKES_LENGTH, abs=1e-12)
 
 
 def plackett_luce(utilities: list[float], order: tuple[int, ...]) -> float:
@@ -301,6 +319,7 @@ def test_rank_of_two_is_bradley_terry():
     for difference in (0.0, 0.5, 2.0):
         pair = [difference * TEMPERATURE, 0.0]
         assert plackett_luce(pair, (0, 1)) == pytest.approx(LAPSE / 2 + (1 - LAPSE) * sigmoid(difference))
+        assert preference(*pair) == pytest.approx(plackett_luce(pair, (0, 1)), abs=1e-12)
     assert sorted(rank([1e6, -1e6, 0.0, 0.0], random.Random(0))) == [0, 1, 2, 3]  # no overflow
 
 
@@ -344,7 +363,7 @@ def test_people_like_flourish_and_length(many_pairs):
     assert abs(share - 0.5) < error
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ files
+# --- files
 def test_the_same_seed_writes_the_same_bytes_in_another_process(world, tmp_path):
     """In another process, with another order of Python's sets."""
     command = [sys.executable, str(ROOT / "data" / "toy.py"), f"--out_dir={tmp_path / 'again'}", *(f"--{k}={v}" for k, v in SMALL.items())]
@@ -380,10 +399,14 @@ def test_no_post_comes_twice(tables):
 def test_columns_and_rows(world, tables):
     text, ids = pa.string(), pa.list_(pa.int32())
     common = {"id": text, "query": text, "query_token": ids, "facts": text}
-    sft = {**common, "reference_response": text, "reference_response_token": ids}
+    parts = pa.struct([(name, pa.float64()) for name in gold_parts(FACTS, "", True)])
+    sft = {**common, "reference_response": text, "reference_response_token": ids, "reference_parts": parts}
     names = ("chosen", "rejected", "chosen_policy", "rejected_policy", "batch", "split")
     pairs = {**common, **dict.fromkeys(names, text), "chosen_token": ids, "rejected_token": ids, "confidence": pa.int32()}
+    pairs |= {"preference": pa.float64(), "chosen_parts": parts, "rejected_parts": parts}
+    numbers = pa.list_(pa.float64())
     rankings = {**common, "responses": pa.list_(text), "responses_token": pa.list_(ids)}
+    rankings |= {"rewards": numbers, "utilities": numbers}
     for file, rows in tables.items():
         schema = pq.read_schema(world / f"{file}.parquet")
         expected = sft if file.startswith("sft") else pairs if file.startswith("pairs") else rankings
@@ -396,9 +419,17 @@ def test_rows_hold_what_they_say(tables):
     for row in tables["pairs_train"] + tables["pairs_validation"]:
         assert row["chosen"] != row["rejected"] and {row["chosen_policy"], row["rejected_policy"]} <= set(WRITERS)
         gap = abs(gold_reward(json.loads(row["facts"]), row["chosen"], True) - gold_reward(json.loads(row["facts"]), row["rejected"], True))
+        facts = json.loads(row["facts"])
+        liked = [utility(facts, row[side]) for side in ("chosen", "rejected")]
+        assert row["preference"] == pytest.approx(preference(*liked), abs=1e-12)
+        for side in ("chosen", "rejected"):
+            assert row[f"{side}_parts"] == pytest.approx(gold_parts(facts, row[side], True), abs=1e-12)
         assert row["confidence"] == (1 if gap <= 0.1 else 2 if gap <= 0.25 else 3 if gap <= 0.5 else 4 if gap <= 1 else 5)
     for row in tables["rankings_train"]:
         assert len(set(row["responses"])) == len(row["responses"]) == toy.CANDIDATES
+        facts = json.loads(row["facts"])
+        assert row["rewards"] == pytest.approx([gold_reward(facts, text, True) for text in row["responses"]], abs=1e-12)
+        assert row["utilities"] == pytest.approx([utility(facts, text) for text in row["responses"]], abs=1e-12)
     first, last = ([utility(json.loads(row["facts"]), row["responses"][place]) for row in tables["rankings_train"]] for place in (0, -1))
     assert mean(first) > mean(last) + 0.2  # best first
     assert all(text.startswith(" ") for rows in tables.values() for row in rows for text, _ in own_tokens(row)[1:])
@@ -413,6 +444,19 @@ def test_meta(world, tables):
     assert meta["gold_reference"] == pytest.approx(mean(references))
 
 
+def test_check_prints_the_labels_bayes_accuracy_and_each_writers_faults(capsys):
+    toy.main(toy.Config(check=True))
+    printed = capsys.readouterr().out
+    numbers = json.loads(printed.splitlines()[-1])
+    assert 0.80 <= numbers["label_bayes_accuracy"] <= 0.88  # noise enough to matter, signal enough to be learnt
+    assert set(numbers["writers"]) == set(WRITERS)
+    for name, faults in numbers["writers"].items():
+        assert faults["gold"] == pytest.approx(sum(faults["cost"].values())) and name in printed
+    assert numbers["writers"]["inventive"]["wrong"] > 3 * numbers["writers"]["careful"]["wrong"]
+    with pytest.raises(UserError, match="--out_dir is missing"):
+        toy.main(toy.Config())
+
+
 def test_a_full_directory_is_refused(world, tmp_path, capsys):
     with pytest.raises(UserError, match="not empty.*--overwrite"):
         toy.main(toy.Config(out_dir=str(world), **SMALL))
@@ -421,7 +465,7 @@ def test_a_full_directory_is_refused(world, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------------------- tokenizer
+# --- tokenizer
 def test_tokens_of_the_tables(world, tables):
     tokenizer = Tokenizer.from_file(str(world / "tokenizer.json"))
     vocabulary = json.loads((world / "base" / "config.json").read_text())["vocab_size"]
@@ -442,7 +486,7 @@ def test_every_word_of_a_summary_is_one_token(world):
     tokenizer = Tokenizer.from_file(str(world / "tokenizer.json"))
     rng = random.Random(7)
     texts = [write_summary(make_post(rng), writer, rng) for writer in WRITERS.values() for _ in range(100)]
-    for text in texts + [f" {word}" for word in (*THINGS, *FLOURISHES)]:
+    for text in texts + [f" {word}" for word in (*THINGS, *DAYS, *FLOURISHES)]:
         assert len(tokenizer.encode(text).ids) == len(WORD.findall(text))
 
 

@@ -1,0 +1,308 @@
+"""Is the toy world fit to measure with? The pipeline over five seeds, held to criteria fixed before.
+
+    1 RLHF works      RLOO with a KL term gains at least 0.15 gold over SFT, its 95 % interval is above 0.05;
+                      DPO gains too
+    2 then it fails   without a constraint gold rises for 15 updates, peaks above SFT and ends below its peak,
+                      each by 0.1 at least
+    3 the proxy       right on 70 to 78 % of unseen pairs; the labels' Bayes optimum is 80 to 88 %
+    4 size            gold of SFT, greedy and sampled, rises from small to medium to large, each time by more
+                      than the standard error
+    5 temperature     RLOO gains more than twice what any other temperature of the SFT model gains
+    6 robust          the same signs and order for all seeds, other matrix kernels and another thread count
+
+Seed s has its own reward model, prompts and samples. Run again, it goes on where it was stopped.
+
+    python -m study.instrument --out_dir=out/instrument          (JOBS=2 runs at a time)
+
+Writes instrument.md, a section for RESULTS.md, and instrument.json.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from evaluation.judges import make_judge
+from evaluation.statistics import t_interval
+from rlhf.common import frozen
+from rlhf.config import RunError, UserError, command_line
+from rlhf.data import read_meta
+from rlhf.generate import generate_all
+from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
+from rlhf.summaries import Post, Summary, read_posts, sampled_summaries
+from study.logs import read_columns
+
+SIZES = ("small", "medium", "large")
+SEEDS = (1, 2, 3, 4, 5)
+TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
+PAPER = 0.7  # the temperature of training and of the judged samples
+WINDOW = 8  # updates in a mean of the log
+OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
+
+# The demo's settings
+SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response"
+SFT += " --max_grad_norm=1"
+RM = "--lr=1.5e-3 --warmup=0.05 --batch_size=32 --train_rows=20000 --center_rows=500"
+RLOO = "--k=4 --batch_size=64 --episodes=6400 --ppo_epochs=1 --lr=1e-4 --schedule=constant"
+RLOO += " --temperature=0.7"
+KL = "--reward=kl:0.1"
+FREE = "--reward=kl:0 --save_every=20 --keep=0"
+DPO = "--loss=dpo --train_rows=5000 --batch_size=32 --lr=1e-4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # I/O
+    out_dir: str  # data, runs and the report
+    # size
+    seeds: int = 5  # reward models, each with its own runs
+    rows: int = 500  # posts that are judged
+
+
+# --- running
+
+
+@dataclass(frozen=True)
+class Task:
+    out: Path
+    command: str  # a script and its options, without --out_dir
+    done: str = "result.json"  # the file that says it is finished
+
+
+def start(task: Task, logs: Path, env: dict[str, str]) -> None:
+    if (task.out / task.done).exists():
+        return
+    log = logs / f"{task.out.parent.name}-{task.out.name}.log"
+    words = [sys.executable, *task.command.split(), f"--out_dir={task.out}"]
+    with open(log, "w") as handle:
+        code = subprocess.run(words, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | env).returncode
+    if code:
+        raise RunError(f"{task.command} ended with code {code}; its output is in {log}")
+    print(f"done: {task.out}", flush=True)
+
+
+def start_all(tasks: list[Task], logs: Path, env: dict[str, str]) -> None:
+    with ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count() or 1))) as pool:
+        list(pool.map(lambda task: start(task, logs, env), tasks))
+
+
+def pipeline(data: Path, base: str, to: Path, seeds: list[int], rows: int) -> list[list[Task]]:
+    """Stages for one size of model; the tasks of a stage need the stages before."""
+    common = f"--resume --data_dir={data}"
+    sft = to / "sft"
+    evaluate = f"evaluate.py {common} --judge=gold --n={rows} --ref_model={sft}"
+    runs = []
+    for s in seeds:
+        rloo = f"train_rloo.py {common} --model={sft} --reward_model={to}/rm_s{s} --seed={s} {RLOO}"
+        runs += [Task(to / f"kl_s{s}", f"{rloo} {KL}"), Task(to / f"free_s{s}", f"{rloo} {FREE}")]
+        runs.append(Task(to / f"dpo_s{s}", f"train_simpo.py {common} --model={sft} --seed={s} {DPO}"))
+    models = ",".join([str(sft), *(str(task.out) for task in runs)])
+    at = f"--temperature={PAPER} --sample_temperature={PAPER}"
+    return [
+        [Task(sft, f"train_sft.py {common} --model={base} {SFT}")],
+        [Task(to / f"rm_s{s}", f"train_rm.py {common} --model={sft} --seed={s} {RM}") for s in seeds],
+        runs,
+        [Task(to / "eval", f"{evaluate} --model={models} {at}", done="metrics.jsonl")] if seeds else [],
+    ]
+
+
+# --- measuring
+
+
+def sampled(
+    model: Path, data: Path, temperature: float, rows: int, seed: int = 1,
+) -> tuple[list[Post], list[Summary]]:
+    """The first posts and one summary of each."""
+    posts, _ = read_posts(str(data), "sft_validation", [], rows)
+    prompts = [post.query_token for post in posts]
+    generator = torch.Generator().manual_seed(seed)
+    limit = read_meta(str(data))["response_tokens"]
+    lm = frozen(from_pretrained(str(model)))
+    options = {"temperature": temperature, "generator": generator}
+    samples, ended = generate_all(lm, prompts, 1, limit, batch=64, **options)
+    return posts, sampled_summaries(load_tokenizer(str(model)), samples, ended)
+
+
+def gold_of(model: Path, data: Path, temperature: float, rows: int) -> list[float]:
+    return make_judge("gold", data_dir=str(data)).score(*sampled(model, data, temperature, rows))
+
+
+def right_on_samples(model: Path, reward_model: Path, data: Path, rows: int) -> float:
+    """How often the reward model orders two samples of a policy as gold does (equal gold left out)."""
+    device = torch.device("cpu")
+    options = {"revision": "main", "device": device, "dtype": "float32", "micro_batch_tokens": 8192}
+    proxy = make_judge("rm", reward_model=str(reward_model), data_dir=str(data), **options)
+    gold = make_judge("gold", data_dir=str(data))
+    pair = [sampled(model, data, PAPER, rows, seed) for seed in (1, 2)]
+    scores, truth = (np.subtract(*(judge.score(*one) for one in pair)) for judge in (proxy, gold))
+    differ = np.abs(truth) > 1e-9
+    return float((scores * truth > 0)[differ].mean()) if differ.any() else float("nan")
+
+
+def remembered(path: Path, measure: Callable[[], dict]) -> dict:
+    if not path.exists():
+        path.write_text(json.dumps(measure()))
+    return read_json(path)
+
+
+def evaluations(folder: Path) -> dict[str, dict]:
+    lines = [json.loads(line) for line in (folder / "eval" / "metrics.jsonl").read_text().splitlines()]
+    return {line["name"]: line for line in lines}
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    return np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid")
+
+
+# --- criteria: each returns (passed, what was measured)
+
+
+def gains(rows: dict[str, dict], name: str, seeds: list[int]) -> list[float]:
+    return [rows[f"{name}_s{s}"]["gold"] - rows["sft"]["gold"] for s in seeds]
+
+
+def spread(values: list[float]) -> str:
+    middle, low, high = t_interval(values)
+    return f"{middle:+.2f} [{low:+.2f}, {high:+.2f}] ({' '.join(f'{v:+.2f}' for v in values)})"
+
+
+def works(rows: dict[str, dict], seeds: list[int]) -> tuple[bool, str]:
+    kl, dpo = gains(rows, "kl", seeds), gains(rows, "dpo", seeds)
+    passed = mean(kl) >= 0.15 and t_interval(kl)[1] > 0.05 and t_interval(dpo)[0] > 0
+    return passed, f"gain over SFT ({rows['sft']['gold']:.2f}): RLOO with KL {spread(kl)}, DPO {spread(dpo)}"
+
+
+def fails(folder: Path, seeds: list[int]) -> tuple[bool, str]:
+    passed, parts = True, []
+    for s in seeds:
+        curve = smoothed(read_columns(folder / f"free_s{s}" / "metrics.jsonl")["gold"])
+        peak = int(curve.argmax())
+        passed &= peak >= 15 and curve[peak] - curve[0] > 0.1 and curve[peak] - curve[-1] > 0.1
+        parts.append(f"{curve[0]:.2f} -> {curve[peak]:.2f} at {peak} -> {curve[-1]:.2f}")
+    return passed, f"gold without a constraint, means of {WINDOW} updates: " + "; ".join(parts)
+
+
+def proxy(
+    folder: Path, bayes: float, seeds: list[int], on_samples: dict[str, list[float]],
+) -> tuple[bool, str]:
+    right = [read_json(folder / f"rm_s{s}" / "result.json")["accuracy"] for s in seeds]
+    along = "; ".join(f"seed {s}: {' '.join(f'{v:.2f}' for v in values)}" for s, values in on_samples.items())
+    passed = 0.70 <= mean(right) <= 0.78 and 0.80 <= bayes <= 0.88
+    shown = " ".join(f"{v:.3f}" for v in right)
+    measured = f"right on {mean(right):.3f} ({shown}); Bayes {bayes:.3f}; on the policy's own samples {along}"
+    return passed, measured
+
+
+def size_helps(golds: dict[str, dict[str, list[float]]]) -> tuple[bool, str]:
+    passed, parts = True, []
+    for temperature in (str(0.0), str(PAPER)):
+        columns = [np.array(golds[size][temperature]) for size in SIZES]
+        for less, more in zip(columns, columns[1:]):
+            difference = more - less  # on the same posts
+            passed &= difference.mean() > difference.std() / len(difference) ** 0.5
+        parts.append(f"T = {temperature}: " + " < ".join(f"{column.mean():.3f}" for column in columns))
+    return bool(passed), "; ".join(parts)
+
+
+def not_temperature(
+    golds: dict[str, list[float]], rows: dict[str, dict], seeds: list[int],
+) -> tuple[bool, str]:
+    at = {temperature: mean(values) for temperature, values in golds.items()}
+    by_temperature = max(at.values()) - at[str(PAPER)]
+    by_rloo = mean(gains(rows, "kl", seeds))
+    table = ", ".join(f"SFT at {temperature}: {value:.2f}" for temperature, value in at.items())
+    measured = f"{table}; another temperature gains {by_temperature:+.2f}, RLOO {by_rloo:+.2f}"
+    return by_rloo > 2 * by_temperature, measured
+
+
+def order(rows: dict[str, dict], seed: int) -> tuple:
+    """Signs of the gains, and the order of the methods by gold."""
+    gold = {name: rows[f"{name}_s{seed}"]["gold"] for name in ("kl", "free", "dpo")}
+    signs = tuple(value > rows["sft"]["gold"] for value in gold.values())
+    return signs, tuple(sorted(gold, key=gold.get))
+
+
+def robust(rows: dict[str, dict], other: dict[str, dict], seeds: list[int]) -> tuple[bool, str]:
+    orders = [order(rows, s) for s in seeds]
+    again = order(other, seeds[0])
+    shown = [" < ".join(names) for _, names in [*orders, again]]
+    return len({*orders, again}) == 1, "by gold, the last with other kernels: " + "; ".join(shown)
+
+
+def main(cfg: Config) -> None:
+    if not 2 <= cfg.seeds <= len(SEEDS):
+        raise UserError(f"--seeds={cfg.seeds} must be 2 to {len(SEEDS)}: an interval needs two")
+    out, seeds = Path(cfg.out_dir), list(SEEDS[: cfg.seeds])
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    one = {"OMP_NUM_THREADS": "1"}
+    make = "data/toy.py --overwrite --size="
+    worlds = [Task(out / size / "data", make + size, "meta.json") for size in SIZES]
+    start_all(worlds, logs, one)
+    medium, data = out / "medium", out / "medium" / "data"
+    plans = {size: pipeline(out / size / "data", f"{out}/{size}/data/base", out / size,
+                            seeds if size == "medium" else [], cfg.rows) for size in SIZES}
+    for stage in zip(*plans.values()):
+        start_all([task for tasks in stage for task in tasks], logs, one)
+    other = out / "other_kernels"
+    for tasks in pipeline(data, f"{data}/base", other, seeds[:1], cfg.rows):
+        for task in tasks:
+            start(task, logs, OTHER_KERNELS)
+
+    def temperatures() -> dict:
+        return {size: {str(t): gold_of(out / size / "sft", out / size / "data", t, cfg.rows)
+                       for t in TEMPERATURES} for size in SIZES}
+
+    def along() -> dict:
+        right = {}
+        for s in seeds:
+            models = [medium / "sft", *sorted((medium / f"free_s{s}" / "ckpt").glob("step_*"))]
+            right[str(s)] = [right_on_samples(model, medium / f"rm_s{s}", data, cfg.rows) for model in models]
+        return right
+
+    golds = remembered(out / "temperatures.json", temperatures)
+    on_samples = remembered(out / "on_samples.json", along)
+    pairs = pq.read_table(data / "pairs_validation.parquet", columns=["preference"])
+    preference = pairs["preference"].to_numpy()
+    bayes = float(np.maximum(preference, 1 - preference).mean())
+    rows = evaluations(medium)
+    criteria = {
+        "1 RLHF works": works(rows, seeds),
+        "2 then it fails": fails(medium, seeds),
+        "3 the proxy": proxy(medium, bayes, seeds, on_samples),
+        "4 size helps": size_helps(golds),
+        "5 not temperature": not_temperature(golds["medium"], rows, seeds),
+        "6 robust": robust(rows, evaluations(other), seeds),
+    }
+    lines = ["| criterion | | measured |", "|---|---|---|"]
+    for name, (passed, measured) in criteria.items():
+        verdict = "pass" if passed else "FAIL"
+        print(f"{name}: {verdict}\n    {measured}")
+        lines.append(f"| {name} | {verdict} | {measured} |")
+    lines += ["", "| method | gold | KL | entropy |", "|---|---|---|---|"]
+    for t in TEMPERATURES:
+        lines.append(f"| SFT at temperature {t} | {mean(golds['medium'][str(t)]):.2f} | | |")
+    for name in ("kl", "free", "dpo"):
+        own = [rows[f"{name}_s{s}"] for s in seeds]
+        gold = [row["gold"] for row in own]
+        kl, entropy = mean(row["kl"] for row in own), mean(row["entropy"] for row in own)
+        lines.append(f"| {name} | {mean(gold):.2f} ± {stdev(gold):.2f} | {kl:.1f} | {entropy:.2f} |")
+    (out / "instrument.md").write_text("\n".join(lines) + "\n")
+    result = {name: {"passed": bool(p), "measured": measured} for name, (p, measured) in criteria.items()}
+    (out / "instrument.json").write_text(json.dumps(result, indent=2) + "\n")
+    passed = sum(bool(p) for p, _ in criteria.values())
+    print(json.dumps({"passed": passed, "of": len(criteria), "out_dir": str(out)}))
+
+
+if __name__ == "__main__":
+    command_line(main, Config)
