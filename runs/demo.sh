@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# The whole pipeline on the toy world, on a CPU: SFT -> reward model -> RLOO (KL-constrained and MaxEnt) ->
-# SimPO and DPO -> evaluation of each. One table and the curves at the end, in out/demo. Run again, it goes
-# on where it stopped.
+# The whole pipeline on the toy world, on a CPU: SFT -> reward model -> RLOO (KL-constrained, without a
+# constraint, MaxEnt) -> SimPO and DPO -> evaluation of each. One table and the curves at the end, in out/demo.
+# Run again, it goes on where it stopped.
 source "$(dirname "$0")/env.sh"
 out=out/demo
 began=$SECONDS
 
 [ -e $out/data/meta.json ] || python data/toy.py --out_dir=$out/data --overwrite
 common="--data_dir=$out/data --resume"
-python train_sft.py $common --model=$out/data/base --init=scratch --out_dir=$out/sft --lr=1.5e-3 \
-    --warmup=0.05 --batch_size=16 --epochs=2 --loss_on=response --max_grad_norm=1
-python train_rm.py $common --model=$out/sft --out_dir=$out/rm --lr=7e-4 --warmup=0.05 --batch_size=32 \
-    --center_rows=1000
-rloo="python train_rloo.py $common --model=$out/sft --reward_model=$out/rm --k=4 --batch_size=128
-    --episodes=12800 --ppo_epochs=1 --lr=3e-4 --temperature=1"
-$rloo --reward=kl:0.05 --out_dir=$out/rloo_kl
+python train_sft.py $common --model=$out/data/base --init=scratch --out_dir=$out/sft --lr=2e-3 \
+    --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response --max_grad_norm=1
+python train_rm.py $common --model=$out/sft --out_dir=$out/rm --lr=1.5e-3 --warmup=0.05 --batch_size=32 \
+    --train_rows=20000 --center_rows=500
+rloo="python train_rloo.py $common --model=$out/sft --reward_model=$out/rm --k=4 --batch_size=64
+    --episodes=6400 --ppo_epochs=1 --lr=1e-4 --schedule=constant"
+$rloo --reward=kl:0.1 --out_dir=$out/rloo_kl
+$rloo --reward=kl:0 --out_dir=$out/rloo_free
 $rloo --reward=maxent_length:0.1 --out_dir=$out/rloo_maxent
 offline="python train_simpo.py $common --model=$out/sft --train_rows=5000 --batch_size=32 --lr=1e-4"
 $offline --loss=simpo --out_dir=$out/simpo
 $offline --loss=dpo --out_dir=$out/dpo
 
-models=$out/sft,$out/rloo_kl,$out/rloo_maxent,$out/simpo,$out/dpo
+models=$out/sft,$out/rloo_kl,$out/rloo_free,$out/rloo_maxent,$out/simpo,$out/dpo
 python evaluate.py --data_dir=$out/data --model=$models --ref_model=$out/sft --reward_model=$out/rm \
-    --judge=gold,rm --temperature=1 --n=500 --out_dir=$out/eval
-python -m study.plot --runs="KL=$out/rloo_kl,MaxEnt=$out/rloo_maxent" \
-    --metrics=scores,gold,kl_full,entropy --smooth=5 --out=$out/rloo.png
+    --judge=gold,rm --temperature=0.7 --sample_temperature=0.7 --n=500 --out_dir=$out/eval
+python -m study.plot --runs="KL=$out/rloo_kl,no constraint=$out/rloo_free,MaxEnt=$out/rloo_maxent" \
+    --metrics=scores,gold,kl_full,entropy --smooth=8 --out=$out/rloo.png
 python -m study.plot --runs="SimPO=$out/simpo,DPO=$out/dpo" \
     --metrics=margins,accuracies,logps/chosen,logps/rejected --smooth=5 --out=$out/simpo.png
 echo "table: $out/eval/sweep.csv, curves: $out/rloo.png and $out/simpo.png"
