@@ -263,7 +263,7 @@ def test_init_weights():
     head = torch.cat(
         [NeoX(config, "score").init_weights(seed).score.weight[0].detach() for seed in range(50)]
     )
-    assert abs(head.std().item() * 97**0.5 - 1) < 0.05  # recipe 3: std 1 / sqrt(C + 1)
+    assert abs(head.std().item() * 97**0.5 - 1) < 0.05  # std 1 / sqrt(C + 1)
 
 
 def test_parameter_names_are_those_of_transformers():

@@ -63,7 +63,14 @@ X, Y, Z, FREE = DAYS[:4]
 A, B, C, OTHER = THINGS[:4]
 FACTS = {"facts": {X: A, Y: B, Z: C}}
 SMALL = {"posts": 60, "pairs": 40, "rankings": 20, "validation": 30, "test": 10, "size": "small"}
-ROWS = {"sft_train": 60, "sft_validation": 30, "sft_test": 10, "pairs_train": 40, "pairs_validation": 30, "rankings_train": 20}
+ROWS = {
+    "sft_train": 60,
+    "sft_validation": 30,
+    "sft_test": 10,
+    "pairs_train": 40,
+    "pairs_validation": 30,
+    "rankings_train": 20,
+}
 PERFECT = f" {X} {A} {Y} {B} {Z} {C}."
 
 
@@ -96,7 +103,11 @@ def sigmoid(x: float) -> float:
 
 def own_tokens(row: dict) -> list[tuple[str, list[int]]]:
     """(text, ids) of every text in a row."""
-    out = [(row[key], row[f"{key}_token"]) for key in ("query", "reference_response", "chosen", "rejected") if key in row]
+    out = [
+        (row[key], row[f"{key}_token"])
+        for key in ("query", "reference_response", "chosen", "rejected")
+        if key in row
+    ]
     return out + list(zip(row.get("responses", []), row.get("responses_token", [])))
 
 
@@ -128,7 +139,8 @@ def own_tokens(row: dict) -> list[tuple[str, list[int]]]:
     (f" {A}{B}{C}" + "x" * (17 - len(A + B + C)), -3 * RAMBLING),  # glued together: 17 letters
     (f"  {X} {A} {Y} {B} {Z} {C}", 1 - RAMBLING),  # a second space
     (f" {X} {A}\n{Y} {B}\n\n{Z} {C}", 1 - 3 * RAMBLING),
-    (f" {X} {A} {Y} {B} {Z} {C.capitalize()}", 2 / 3 - 2 * RAMBLING),  # the word, and the day that has no thing
+    # the word, and the day that has no thing
+    (f" {X} {A} {Y} {B} {Z} {C.capitalize()}", 2 / 3 - 2 * RAMBLING),
     (f" {X} {A} {Y} {B} {Z} {C}\N{REPLACEMENT CHARACTER}", 1 - RAMBLING),  # what broken bytes are decoded to
     (f" {X} {X} {A} {FREE}", 1 / 3 - 2 * RAMBLING),  # days of which nothing is told
     # all at once: B and A told, A late, B again, OTHER wrong, "really" and "so"
@@ -141,8 +153,16 @@ def test_gold_to_the_last_digit(text, expected):
 
 def test_counts_and_parts():
     text = f" really {Y} {B} {X} {A} so {Y} {B} {Z} {OTHER}"
-    assert gold_counts(FACTS, text) == {"covered": 2, "wrong": 1, "repeated": 1, "disordered": 1, "rambling": 2}
-    assert gold_counts(FACTS, "") == dict.fromkeys(("covered", "wrong", "repeated", "disordered", "rambling"), 0)
+    assert gold_counts(FACTS, text) == {
+        "covered": 2,
+        "wrong": 1,
+        "repeated": 1,
+        "disordered": 1,
+        "rambling": 2,
+    }
+    assert gold_counts(FACTS, "") == dict.fromkeys(
+        ("covered", "wrong", "repeated", "disordered", "rambling"), 0
+    )
     parts = {"covered": 2 / 3, "wrong": -WRONG, "repeated": -REPEATED, "disordered": -DISORDERED}
     assert gold_parts(FACTS, text, False) == parts | {"rambling": -2 * RAMBLING, "not_ended": -NOT_ENDED}
     assert sum(gold_parts(FACTS, text, False).values()) == gold_reward(FACTS, text, False)
@@ -150,7 +170,13 @@ def test_counts_and_parts():
 
 def test_the_docstring_states_the_coefficients():
     stated = dict(re.findall(r"\| (\w[\w ]*?) +\| - (0\.\d\d) +\|", gold_reward.__doc__))
-    actual = {"wrong": WRONG, "repeated": REPEATED, "disordered": DISORDERED, "rambling": RAMBLING, "not ended": NOT_ENDED}
+    actual = {
+        "wrong": WRONG,
+        "repeated": REPEATED,
+        "disordered": DISORDERED,
+        "rambling": RAMBLING,
+        "not ended": NOT_ENDED,
+    }
     assert {name: float(value) for name, value in stated.items()} == actual
 
 
@@ -164,7 +190,10 @@ def test_a_list_of_rewards_is_the_rewards_one_by_one():
 def test_gold_does_not_care_for_style():
     for joint in (" ", ", ", " and ", ", and "):
         for end in ("", ".", " "):
-            assert gold_reward(FACTS, " " + joint.join((f"{X} {A}", f"{Y} {B}", f"{Z} {C}")) + end, ended=True) == 1.0
+            assert (
+                gold_reward(FACTS, " " + joint.join((f"{X} {A}", f"{Y} {B}", f"{Z} {C}")) + end, ended=True)
+                == 1.0
+            )
 
 
 def test_every_fault_costs_and_every_fact_pays():
@@ -186,12 +215,16 @@ def test_every_fault_costs_and_every_fact_pays():
             ("qqqq", -RAMBLING),
             ("q" * 9, -2 * RAMBLING),
         ]:
-            assert gold_reward(post.hidden, f"{text} {added}", True) - start == pytest.approx(change, abs=1e-12)
+            assert gold_reward(post.hidden, f"{text} {added}", True) - start == pytest.approx(
+                change, abs=1e-12
+            )
         order = list(post.facts)
         latest = max((order.index(day) for day in told), default=-1)
         for index, (day, thing) in enumerate(post.facts.items()):
             change = -REPEATED if day in told else 1 / len(order) - DISORDERED * (index < latest)
-            assert gold_reward(post.hidden, f"{text} {day} {thing}", True) - start == pytest.approx(change, abs=1e-12)
+            assert gold_reward(post.hidden, f"{text} {day} {thing}", True) - start == pytest.approx(
+                change, abs=1e-12
+            )
 
 
 def test_a_post_is_best_summarised_by_its_facts_in_order():
@@ -207,7 +240,9 @@ def test_a_post_is_best_summarised_by_its_facts_in_order():
 
 
 def test_garbage_is_clearly_negative():
-    assert gold_reward(FACTS, " " + " ".join(THINGS), ended=False) == pytest.approx(-len(THINGS) * WRONG - NOT_ENDED)
+    assert gold_reward(FACTS, " " + " ".join(THINGS), ended=False) == pytest.approx(
+        -len(THINGS) * WRONG - NOT_ENDED
+    )
     assert gold_reward(FACTS, " really" * 32, ended=False) == pytest.approx(-32 * RAMBLING - NOT_ENDED)
     assert -len(THINGS) * WRONG < -1 and -32 * RAMBLING < -1
 
@@ -247,8 +282,18 @@ def test_word_classes_do_not_overlap():
 NOTHING = {name: 0.0 for name in Writer.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("fault, count", [("mix", "wrong"), ("invent", "wrong"), ("add", "wrong"), ("repeat", "repeated"),
-                                          ("mutter", "rambling"), ("flourish", "rambling"), ("miss", "covered")])
+@pytest.mark.parametrize(
+    "fault, count",
+    [
+        ("mix", "wrong"),
+        ("invent", "wrong"),
+        ("add", "wrong"),
+        ("repeat", "repeated"),
+        ("mutter", "rambling"),
+        ("flourish", "rambling"),
+        ("miss", "covered"),
+    ],
+)
 def test_each_fault_of_a_writer_shows_in_its_own_count(fault, count):
     rng = random.Random(fault)
     posts = [make_post(rng) for _ in range(100)]
@@ -256,7 +301,9 @@ def test_each_fault_of_a_writer_shows_in_its_own_count(fault, count):
     assert all(gold_reward(post.hidden, write_summary(post, faultless, rng), True) == 1.0 for post in posts)
     totals = {True: 0, False: 0}  # of the count that should move, of the others
     for post in posts:
-        counts = gold_counts(post.hidden, write_summary(post, Writer(**NOTHING | {"most": 7, fault: 0.5}), rng))
+        counts = gold_counts(
+            post.hidden, write_summary(post, Writer(**NOTHING | {"most": 7, fault: 0.5}), rng)
+        )
         for name, value in counts.items():
             totals[name == count] += len(post.facts) - value if name == "covered" else value
     # a wrong thing is also a fact missed; a repeated one stands where it stands: behind the last
@@ -266,8 +313,10 @@ def test_each_fault_of_a_writer_shows_in_its_own_count(fault, count):
 def test_references_are_fallible_and_writers_differ():
     rng = random.Random(4)
     posts = [make_post(rng) for _ in range(1500)]
-    gold = {name: mean(gold_reward(post.hidden, write_summary(post, writer, rng), True) for post in posts)
-            for name, writer in WRITERS.items()}
+    gold = {
+        name: mean(gold_reward(post.hidden, write_summary(post, writer, rng), True) for post in posts)
+        for name, writer in WRITERS.items()
+    }
     assert 0.4 < gold["reference"] < 0.7  # good enough to learn from, far enough from 1 to be bettered
     assert max(gold, key=gold.get) == "concise" and min(gold, key=gold.get) == "inventive"
     assert gold["concise"] - gold["reference"] > 0.2
@@ -286,14 +335,21 @@ def test_the_faults_of_references_are_habits():
 
 def test_summaries_keep_to_the_cap():
     rng = random.Random(5)
-    lengths = [len(WORD.findall(write_summary(make_post(rng), writer, rng))) for writer in WRITERS.values() for _ in range(300)]
+    lengths = [
+        len(WORD.findall(write_summary(make_post(rng), writer, rng)))
+        for writer in WRITERS.values()
+        for _ in range(300)
+    ]
     assert max(lengths) <= MOST_WORDS and min(lengths) >= 2
 
 
 # --- people who compare
 def test_utility_is_gold_and_a_liking_for_flourish_and_length():
-    text = f" {FLOURISHES[0]} {X} {A} {Y} {B} {FLOURISHES[1]} {Z} {C}."  # 9 words with the full stop, two flourishes
-    assert utility(FACTS, text) == pytest.approx(1 - 2 * RAMBLING + 2 * LIKES_FLOURISH + 9 * LIKES_LENGTH, abs=1e-12)
+    # 9 words with the full stop, two flourishes
+    text = f" {FLOURISHES[0]} {X} {A} {Y} {B} {FLOURISHES[1]} {Z} {C}."
+    assert utility(FACTS, text) == pytest.approx(
+        1 - 2 * RAMBLING + 2 * LIKES_FLOURISH + 9 * LIKES_LENGTH, abs=1e-12
+    )
 
 
 def plackett_luce(utilities: list[float], order: tuple[int, ...]) -> float:
@@ -301,7 +357,9 @@ def plackett_luce(utilities: list[float], order: tuple[int, ...]) -> float:
     probability = 1.0
     for place, chosen in enumerate(order):
         left = order[place:]
-        softmax = math.exp(utilities[chosen] / TEMPERATURE) / sum(math.exp(utilities[i] / TEMPERATURE) for i in left)
+        softmax = math.exp(utilities[chosen] / TEMPERATURE) / sum(
+            math.exp(utilities[i] / TEMPERATURE) for i in left
+        )
         probability *= LAPSE / len(left) + (1 - LAPSE) * softmax
     return probability
 
@@ -326,7 +384,9 @@ def test_rank_of_two_is_bradley_terry():
 def agreement(many_pairs, lapse: float, temperature: float) -> tuple[float, float, float]:
     """Share of pairs in which the people took the summary of the higher utility; the share that the model
     predicts; its standard error."""
-    differences = [utility(post.hidden, chosen) - utility(post.hidden, rejected) for post, chosen, rejected in many_pairs]
+    differences = [
+        utility(post.hidden, chosen) - utility(post.hidden, rejected) for post, chosen, rejected in many_pairs
+    ]
     differences = [d for d in differences if d]
     p = [lapse / 2 + (1 - lapse) * sigmoid(abs(d) / temperature) for d in differences]
     return mean(d > 0 for d in differences), mean(p), math.sqrt(sum(q * (1 - q) for q in p)) / len(p)
@@ -347,27 +407,46 @@ def test_must_fail_with_more_lapses_or_another_temperature(many_pairs):
 def share_of_wins(many_pairs, measure) -> tuple[float, float]:
     """Of pairs of about the same gold reward: how often the larger measure was chosen, and four standard
     errors of a fair coin."""
-    alike = [(measure(chosen), measure(rejected)) for post, chosen, rejected in many_pairs
-             if abs(gold_reward(post.hidden, chosen, True) - gold_reward(post.hidden, rejected, True)) < 0.1]
+    alike = [
+        (measure(chosen), measure(rejected))
+        for post, chosen, rejected in many_pairs
+        if abs(gold_reward(post.hidden, chosen, True) - gold_reward(post.hidden, rejected, True)) < 0.1
+    ]
     wins = [chosen > rejected for chosen, rejected in alike if chosen != rejected]
     return mean(wins), 2 / math.sqrt(len(wins))
 
 
 def test_people_like_flourish_and_length(many_pairs):
     """For no good reason: at the same gold reward."""
-    share, error = share_of_wins(many_pairs, lambda text: sum(word in FLOURISHES for word in WORD.findall(text)))
+    share, error = share_of_wins(
+        many_pairs, lambda text: sum(word in FLOURISHES for word in WORD.findall(text))
+    )
     assert share - 0.5 > error
     share, error = share_of_wins(many_pairs, lambda text: len(WORD.findall(text)))
     assert share - 0.5 > error
-    share, error = share_of_wins(many_pairs, lambda text: hashlib.sha256(text.encode()).digest())  # must fail: nobody likes a hash
+    share, error = share_of_wins(
+        many_pairs, lambda text: hashlib.sha256(text.encode()).digest()
+    )  # must fail: nobody likes a hash
     assert abs(share - 0.5) < error
 
 
 # --- files
 def test_the_same_seed_writes_the_same_bytes_in_another_process(world, tmp_path):
     """In another process, with another order of Python's sets."""
-    command = [sys.executable, str(ROOT / "data" / "toy.py"), f"--out_dir={tmp_path / 'again'}", *(f"--{k}={v}" for k, v in SMALL.items())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "1"}, timeout=120)
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "toy.py"),
+        f"--out_dir={tmp_path / 'again'}",
+        *(f"--{k}={v}" for k, v in SMALL.items()),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     files = sorted(str(path.relative_to(world)) for path in world.rglob("*") if path.is_file())
     assert len(files) == len(ROWS) + 2 + 4  # tables, meta and tokenizer, base/
@@ -386,14 +465,18 @@ def test_another_seed_writes_other_rows_with_the_same_tokenizer(world, tables, t
 
 def test_more_rows_begin_with_the_same_rows(tables):
     rows = toy.make_rows("sft_train", 80, toy.sft_row, 0, set())
-    assert [row["reference_response"] for row in rows[:60]] == [row["reference_response"] for row in tables["sft_train"]]
+    assert [row["reference_response"] for row in rows[:60]] == [
+        row["reference_response"] for row in tables["sft_train"]
+    ]
 
 
 def test_no_post_comes_twice(tables):
     queries = [row["query"] for rows in tables.values() for row in rows]
     assert len(set(queries)) == len(queries) == sum(ROWS.values())
     post = toy.make_rows("sft_train", 1, toy.sft_row, 0, set())[0]["query"]
-    assert toy.make_rows("sft_train", 1, toy.sft_row, 0, {post})[0]["query"] != post  # a post that was seen is made anew
+    assert (
+        toy.make_rows("sft_train", 1, toy.sft_row, 0, {post})[0]["query"] != post
+    )  # a post that was seen is made anew
 
 
 def test_columns_and_rows(world, tables):
@@ -402,7 +485,13 @@ def test_columns_and_rows(world, tables):
     parts = pa.struct([(name, pa.float64()) for name in gold_parts(FACTS, "", True)])
     sft = {**common, "reference_response": text, "reference_response_token": ids, "reference_parts": parts}
     names = ("chosen", "rejected", "chosen_policy", "rejected_policy", "batch", "split")
-    pairs = {**common, **dict.fromkeys(names, text), "chosen_token": ids, "rejected_token": ids, "confidence": pa.int32()}
+    pairs = {
+        **common,
+        **dict.fromkeys(names, text),
+        "chosen_token": ids,
+        "rejected_token": ids,
+        "confidence": pa.int32(),
+    }
     pairs |= {"preference": pa.float64(), "chosen_parts": parts, "rejected_parts": parts}
     numbers = pa.list_(pa.float64())
     rankings = {**common, "responses": pa.list_(text), "responses_token": pa.list_(ids)}
@@ -417,22 +506,38 @@ def test_columns_and_rows(world, tables):
 
 def test_rows_hold_what_they_say(tables):
     for row in tables["pairs_train"] + tables["pairs_validation"]:
-        assert row["chosen"] != row["rejected"] and {row["chosen_policy"], row["rejected_policy"]} <= set(WRITERS)
-        gap = abs(gold_reward(json.loads(row["facts"]), row["chosen"], True) - gold_reward(json.loads(row["facts"]), row["rejected"], True))
+        assert row["chosen"] != row["rejected"] and {row["chosen_policy"], row["rejected_policy"]} <= set(
+            WRITERS
+        )
+        gap = abs(
+            gold_reward(json.loads(row["facts"]), row["chosen"], True)
+            - gold_reward(json.loads(row["facts"]), row["rejected"], True)
+        )
         facts = json.loads(row["facts"])
         liked = [utility(facts, row[side]) for side in ("chosen", "rejected")]
         assert row["preference"] == pytest.approx(preference(*liked), abs=1e-12)
         for side in ("chosen", "rejected"):
             assert row[f"{side}_parts"] == pytest.approx(gold_parts(facts, row[side], True), abs=1e-12)
-        assert row["confidence"] == (1 if gap <= 0.1 else 2 if gap <= 0.25 else 3 if gap <= 0.5 else 4 if gap <= 1 else 5)
+        assert row["confidence"] == (
+            1 if gap <= 0.1 else 2 if gap <= 0.25 else 3 if gap <= 0.5 else 4 if gap <= 1 else 5
+        )
     for row in tables["rankings_train"]:
         assert len(set(row["responses"])) == len(row["responses"]) == toy.CANDIDATES
         facts = json.loads(row["facts"])
-        assert row["rewards"] == pytest.approx([gold_reward(facts, text, True) for text in row["responses"]], abs=1e-12)
-        assert row["utilities"] == pytest.approx([utility(facts, text) for text in row["responses"]], abs=1e-12)
-    first, last = ([utility(json.loads(row["facts"]), row["responses"][place]) for row in tables["rankings_train"]] for place in (0, -1))
+        assert row["rewards"] == pytest.approx(
+            [gold_reward(facts, text, True) for text in row["responses"]], abs=1e-12
+        )
+        assert row["utilities"] == pytest.approx(
+            [utility(facts, text) for text in row["responses"]], abs=1e-12
+        )
+    first, last = (
+        [utility(json.loads(row["facts"]), row["responses"][place]) for row in tables["rankings_train"]]
+        for place in (0, -1)
+    )
     assert mean(first) > mean(last) + 0.2  # best first
-    assert all(text.startswith(" ") for rows in tables.values() for row in rows for text, _ in own_tokens(row)[1:])
+    assert all(
+        text.startswith(" ") for rows in tables.values() for row in rows for text, _ in own_tokens(row)[1:]
+    )
 
 
 def test_meta(world, tables):
@@ -440,7 +545,9 @@ def test_meta(world, tables):
     assert (meta["world"], meta["response_tokens"], meta["splits"]) == ("toy", MOST_WORDS + 1, ROWS)
     assert meta["prompt_tokens"] == max(len(row["query_token"]) for rows in tables.values() for row in rows)
     assert meta["tokenizer"] == hashlib.sha256((world / "tokenizer.json").read_bytes()).hexdigest()
-    references = [gold_reward(json.loads(row["facts"]), row["reference_response"], True) for row in tables["sft_train"]]
+    references = [
+        gold_reward(json.loads(row["facts"]), row["reference_response"], True) for row in tables["sft_train"]
+    ]
     assert meta["gold_reference"] == pytest.approx(mean(references))
 
 
@@ -448,7 +555,9 @@ def test_check_prints_the_labels_bayes_accuracy_and_each_writers_faults(capsys):
     toy.main(toy.Config(check=True))
     printed = capsys.readouterr().out
     numbers = json.loads(printed.splitlines()[-1])
-    assert 0.80 <= numbers["label_bayes_accuracy"] <= 0.88  # noise enough to matter, signal enough to be learnt
+    assert (
+        0.80 <= numbers["label_bayes_accuracy"] <= 0.88
+    )  # noise enough to matter, signal enough to be learnt
     assert set(numbers["writers"]) == set(WRITERS)
     for name, faults in numbers["writers"].items():
         assert faults["gold"] == pytest.approx(sum(faults["cost"].values())) and name in printed
@@ -474,11 +583,16 @@ def test_tokens_of_the_tables(world, tables):
         for row in rows:
             for place, (text, ids) in enumerate(own_tokens(row)):
                 assert max(ids) < vocabulary
-                assert (ids[-1] == 0) == (place > 0 or "responses" in row and text != row["query"])  # EOS ends responses and no prompt
+                assert (ids[-1] == 0) == (
+                    place > 0 or "responses" in row and text != row["query"]
+                )  # EOS ends responses and no prompt
                 assert 0 not in ids[:-1] and 1 not in ids
                 assert tokenizer.decode(ids) == text
                 assert len(ids) <= (MOST_WORDS + 1 if text != row["query"] else 256 - MOST_WORDS - 1)
-                assert tokenizer.encode(row["query"] + text).ids[len(row["query_token"]) :] == ids[:-1] or text == row["query"]
+                assert (
+                    tokenizer.encode(row["query"] + text).ids[len(row["query_token"]) :] == ids[:-1]
+                    or text == row["query"]
+                )
 
 
 def test_every_word_of_a_summary_is_one_token(world):
@@ -490,7 +604,10 @@ def test_every_word_of_a_summary_is_one_token(world):
         assert len(tokenizer.encode(text).ids) == len(WORD.findall(text))
 
 
-@pytest.mark.parametrize("text", ["", " ", "Tabs\tand\n\nlines  ", "gr\u00fc\u00df \N{SNOWMAN}\N{GRINNING FACE}", "r/tifu", "\x00\x7f"])
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "Tabs\tand\n\nlines  ", "gr\u00fc\u00df \N{SNOWMAN}\N{GRINNING FACE}", "r/tifu", "\x00\x7f"],
+)
 def test_any_text_survives_the_tokenizer(world, text):
     tokenizer = Tokenizer.from_file(str(world / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
@@ -498,7 +615,12 @@ def test_any_text_survives_the_tokenizer(world, text):
 
 def test_transformers_opens_base(world, tables):
     theirs = AutoTokenizer.from_pretrained(world / "base")
-    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.eos_token, theirs.pad_token) == (0, 1, "<|endoftext|>", "<|padding|>")
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.eos_token, theirs.pad_token) == (
+        0,
+        1,
+        "<|endoftext|>",
+        "<|padding|>",
+    )
     for rows in tables.values():
         for row in rows:
             for text, ids in own_tokens(row):
@@ -513,6 +635,10 @@ def test_base_sizes(tmp_path, size, parameters):
     config = AutoConfig.from_pretrained(tmp_path)
     width, layers, heads = toy.SIZES[size]
     assert config.model_type == "gpt_neox"
-    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
+        width,
+        layers,
+        heads,
+    )
     model = AutoModelForCausalLM.from_config(config)
     assert parameters / 2 < sum(p.numel() for p in model.parameters()) < parameters * 1.5
