@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1
 
 [ -e $out/data/meta.json ] || python data/toy.py --out_dir=$out/data --overwrite
 python train_sft.py --resume --data_dir=$out/data --model=$out/data/base --init=scratch --out_dir=$out/sft \
-    --lr=1.5e-3 --warmup=0.05 --batch_size=16 --epochs=2 --loss_on=response --max_grad_norm=1
+    --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response --max_grad_norm=1
 
 losses=$(python -c "from rlhf.losses import PREFERENCE_LOSSES; print(*PREFERENCE_LOSSES)")
 for loss in $losses; do
@@ -20,5 +20,5 @@ for loss in $losses; do
 done | xargs -I{} -P $jobs bash -c '{} > /dev/null 2>&1 && echo "done: {}" || { echo "FAILED: {}"; exit 255; }'
 
 python evaluate.py --data_dir=$out/data --model="$out/sft,$out/*_s[0-9]" --ref_model=$out/sft --judge=gold --n=500 \
-    --temperature=1 --out_dir=$out/eval
+    --temperature=0.7 --sample_temperature=0.7 --out_dir=$out/eval
 python -m study.losses --runs=$out

@@ -242,7 +242,7 @@ def test_noise_follows_the_step_and_the_seed(world, tmp_path):
     first, second, other = (
         train(world, tmp_path / str(i), loss="amopo", seed=seed, batch_size=16)[0][0]["loss"]
         for i, seed in enumerate((1, 1, 2)))
-    assert first == second and abs(first - other) > 1e-4
+    assert first == second and abs(first - other) > 1e-5  # rounding alone: equal to the last bit
 
 
 # --- bad input
