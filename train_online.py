@@ -5,10 +5,9 @@ r"""Online preference learning: the policy samples, something compares, a pair l
     loss      = pair loss(best of K, worst of K) + explore x log(pi/pi_ref)(y_K)
 Every method is these options, and its row at the end of --help. Leaves out: a policy of its own per opponent.
 To read beside it: rlhf/compare.py (pairs, labels, Nash-MD), rlhf/losses.py (pair losses).
-CPU, toy world (scores 0 to 0.2, gold 0.1 to 0.18, then 0.16, kl 1):
+CPU, toy world:
     python train_online.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm \
-        --out_dir=out/toy/online_dpo --loss=dpo --beta=0.1 --lr=1e-4 --batch_size=128 --episodes=12800 \
-        --temperature=1
+        --out_dir=out/toy/online_dpo --loss=dpo --beta=0.1 --lr=1e-4 --batch_size=64 --episodes=6400
 GPU, Pythia 1B: the same with out/tldr, out/1b/sft, out/1b/rm and the defaults
 """
 

@@ -11,7 +11,8 @@ the score arrives one position after the EOS, here at it. The saved model is the
 holds the critic too.
 CPU, toy world:
     python train_ppo.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm \
-        --out_dir=out/toy/ppo --lr=3e-4 --k=1 --batch_size=128 --episodes=12800 --ppo_epochs=1 --temperature=1
+        --out_dir=out/toy/ppo --kl_coef=0.1 --lr=1e-4 --schedule=constant --batch_size=64 --episodes=6400 \
+        --ppo_epochs=1
 GPU, Pythia 1B: the same with out/tldr, out/1b/sft, out/1b/rm and the defaults
 """
 

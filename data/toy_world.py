@@ -14,8 +14,9 @@ from dataclasses import dataclass
 MOST_WORDS = 31  # in a summary, punctuation included: every word is one token, and EOS makes it 32
 
 # --- words
-# Few things on purpose: with 8 a reward model of this size begins to compare a summary with its post after
-# 100 to 250 updates of 32 pairs, with 12 not under every seed within 600, with 32 not at all.
+# Few things on purpose: with 8 a reward model of this size began to compare a summary with its post within
+# some 250 updates of 32 pairs, in trials with two seeds; with 32 it had not begun after 600. (Label noise and
+# learning rate differed between these trials, too.)
 THINGS = "keys bikes lamps cars rings phones books coats".split()
 PEOPLE = "brother sister boss friend wife cousin".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
