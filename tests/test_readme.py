@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # What makes the printed commands small; a later option on a command line replaces an earlier one.
 SMALL = "--device=cpu --batch_size=4 --eval_rows=2 --save_every=0".split()
-SMALL_OF = {"train_rloo.py": "--k=4 --episodes=8 --ppo_epochs=2 --missing_eos=none".split(), "train_simpo.py": []}
+SMALL_OF = {
+    "train_rloo.py": "--k=4 --batch_size=16 --episodes=32 --ppo_epochs=2".split(),
+    "train_simpo.py": [],
+}
 
 
 def section(text: str, title: str) -> str:
