@@ -58,7 +58,8 @@ def test_best_of_n_script(world):
     assert [line["n"] for line in lines] == [1, 2, 4, 6] and "gold" in lines[0]
     for key in ("scores", "kl"):
         column = [line[key] for line in lines]
-        assert column == sorted(column) and len(set(column)) > 1
+        steps = [after - before for before, after in zip(column, column[1:])]
+        assert min(steps) > -1e-12 and max(steps) > 0  # rounding: the best of equal scores
     with pytest.raises(UserError, match="--overwrite"):
         best_of_n.main(cfg)
 

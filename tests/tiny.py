@@ -28,6 +28,7 @@ from study import best_of_n
 
 TRAINING = [train_sft, train_rm, train_rloo, train_simpo, train_online]
 SCRIPTS = [*TRAINING, evaluate, best_of_n]
+VOCABULARY = 512  # rows of the embeddings: a few more than the toy world has tokens, as Pythia's are padded
 R = 12  # longest sampled response: some end before it, some do not
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, rotary_pct=0.5,
              max_position_embeddings=256, tie_word_embeddings=False, layer_norm_eps=1e-4)
@@ -76,14 +77,14 @@ def random_model(vocab_size: int, head: str, seed: int) -> NeoX:
 
 def make_world(root: Path) -> None:
     """Data, and `shuffled`, the same rows in another order; policy, reference, other; rm, other_rm."""
-    sizes = dict(posts=24, pairs=12, rankings=12, validation=6, test=6)
+    sizes = dict(posts=24, pairs=12, rankings=12, validation=6, test=6, seed=4)
     toy.main(toy.Config(out_dir=str(root / "data"), size="small", **sizes))
     meta = root / "data/meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"response_tokens": R}))
     tokenizer = load_tokenizer(str(root / "data/base"))
     heads = {"policy": "embed_out", "other": "embed_out", "rm": "score", "other_rm": "score"}
     for seed, (name, head) in enumerate(heads.items()):
-        model = random_model(tokenizer.get_vocab_size(), head, seed)
+        model = random_model(VOCABULARY, head, seed)
         save_pretrained(model, tokenizer, root / name)
         if name == "policy":  # a reference near the policy: the KL is a few nats
             with torch.no_grad():
