@@ -46,7 +46,7 @@ LOSS = dict(loss=dict(loss="simpo", ref_model=""), beta=1.0, gamma=0.5, gamma_be
             label_smoothing=0.1)
 # {option of one loss: that loss and another value}; compared with the same loss
 OPTION_OF_A_LOSS = dict(
-    alpha=("alphapo", 1.0), delta=("slic", 5.0), tau=("gammapo", 0.1), sft_coef=("cpo", 0.2),
+    alpha=("alphapo", 1.0), delta=("slic", 100.0), tau=("gammapo", 0.1), sft_coef=("cpo", 0.2),
     r_max=("chipo", 1e-3), top_k=("cringe", 3), calibration=("vpo", "reference"),
 )
 REWARD = dict(
