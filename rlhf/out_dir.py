@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from rlhf.config import UserError
-from rlhf.files import check_apart, remove, write_file
-from rlhf.pretrained import read_json
+from rlhf.files import check_apart, fingerprint, identity, remove, write_file
+from rlhf.pretrained import read_json, resolve
+
+INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a script reads
 
 
 def script_of(config) -> str:
@@ -69,11 +71,44 @@ def read_about(out: Path) -> dict:
     return about
 
 
+def reward_file(config) -> str:
+    """Of --reward_fn=file.py:name; "" if there is none."""
+    return getattr(config, "reward_fn", "").rpartition(":")[0]
+
+
+def inputs_of(config) -> dict[str, dict[str, str]]:
+    """{option: fingerprint of what it names}."""
+    revision = getattr(config, "revision", "main")
+    found = {}
+    for name in INPUTS:
+        if value := getattr(config, name, ""):
+            path = Path(value) if name == "data_dir" else resolve(value, revision)
+            found[name] = fingerprint(path)
+    if source := reward_file(config):
+        found["reward_fn"] = {source: identity(Path(source))}
+    return found
+
+
+def check_inputs(about: dict, config) -> None:
+    """Raises UserError if data or a model is another than when the run began."""
+    before = about.get("inputs")
+    now = inputs_of(config) if before else {}
+    for name in now:
+        old = before.get(name, {})
+        new = now[name]
+        if other := sorted(file for file in old.keys() | new if old.get(file) != new.get(file)):
+            path = getattr(config, name)
+            raise UserError(f"--resume of {config.out_dir}: --{name}={path} is not what it was when the run "
+                            f"began ({', '.join(other[:3])}): bring that back, or start anew with "
+                            "--overwrite")
+
+
 def check_out_dir(config, *inputs: str) -> dict:
     """run.json of what lies in --out_dir, {} if that is a new directory. Touches nothing. Raises UserError if
-    it is neither new nor a run of the same script, or if it is an input."""
+    it is neither new nor a run of the same script, or if it is an input: one of INPUTS or of `inputs`."""
     out = Path(config.out_dir)
-    check_apart(config.out_dir, *inputs)
+    read = [getattr(config, name, "") for name in INPUTS]
+    check_apart(config.out_dir, *read, reward_file(config), *inputs)
     if config.overwrite and getattr(config, "resume", False):
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if is_new(out):
@@ -147,7 +182,7 @@ def forget_replaced(out: Path) -> None:
         remove(replaced(out))
 
 
-def enter(config, about: dict, inputs: dict | None = None) -> None:
+def enter(config, about: dict, fingerprints: bool = True) -> None:
     """Makes --out_dir, of which check_out_dir said `about`, this process's own: locked, and with a run.json.
     --overwrite sets aside what is there."""
     out = Path(config.out_dir)
@@ -158,15 +193,15 @@ def enter(config, about: dict, inputs: dict | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if is_new(out):
-        written = describe(config) | ({"inputs": inputs} if inputs else {})
+        written = describe(config) | ({"inputs": inputs_of(config)} if fingerprints else {})
         write_file(out / "run.json", json.dumps(written, indent=2) + "\n")
     elif not about:
         raise UserError(f"{out}: another process has begun a run there: choose another --out_dir")
 
 
-def open_directory(config, *inputs: str, may_change: set[str], go_on: bool = False) -> Path:
-    """For scripts without checkpoints: --out_dir, new, replaced (--overwrite) or, with the same settings, as
-    it was left (--resume, or `go_on`). `inputs` are paths that must not be touched."""
+def check_same(config, *inputs: str, may_change: set[str], go_on: bool = False) -> dict:
+    """check_out_dir for scripts without checkpoints. Raises UserError too unless the directory is new, will
+    be replaced (--overwrite) or, with the same settings, gone on with (--resume, or `go_on`)."""
     out = Path(config.out_dir)
     about = check_out_dir(config, *inputs)
     if about and not config.overwrite:
@@ -175,8 +210,7 @@ def open_directory(config, *inputs: str, may_change: set[str], go_on: bool = Fal
                             "--overwrite it or choose another --out_dir")
         if not (go_on or getattr(config, "resume", False)):
             raise UserError(exists(out, resumable=hasattr(config, "resume")))
-    enter(config, about)
-    return out
+    return about
 
 
 def exists(out: Path, resumable: bool = True) -> str:

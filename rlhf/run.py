@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from rlhf.config import RunError, UserError
-from rlhf.files import checksum, fingerprint, identity, move_in, remove, sync, write_file
+from rlhf.files import checksum, move_in, read_objects, remove, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
     changes,
+    check_inputs,
     check_out_dir,
     enter,
     exists,
@@ -26,7 +27,7 @@ from rlhf.out_dir import (
     named,
     unlock,
 )
-from rlhf.pretrained import load_weights, read_json, resolve, save_pretrained
+from rlhf.pretrained import load_weights, read_json, save_pretrained
 from rlhf.trackers import Trackers
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
@@ -35,7 +36,6 @@ MAY_CHANGE = {  # at a resume: where and how fast, but no number
 }
 OTHER_SAMPLES = {"rollout_prompts", "eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
-INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a run reads
 
 
 def finite(record: dict) -> dict:
@@ -87,8 +87,7 @@ class Run:
         self.track = Trackers(config)
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
-        names = [getattr(config, name, "") for name in INPUTS]
-        self.about = check_out_dir(config, *names)
+        self.about = check_out_dir(config)
         self.finished = False
         if self.about and not config.overwrite:
             if not config.resume:
@@ -108,7 +107,7 @@ class Run:
         self.finished = (self.out / "result.json").exists() and not longer
         if not self.finished:
             lock(self.out)
-            self.check_inputs()
+            check_inputs(self.about, self.config)
 
     def longer(self, key: str) -> bool:
         """Is this change only more updates, with the learning rates that the earlier ones had?"""
@@ -116,39 +115,13 @@ class Run:
         old, new = self.changed[key]
         return key in LENGTH and constant and new > old
 
-    def inputs(self) -> dict[str, dict[str, str]]:
-        """{option: fingerprint of what it names}."""
-        given = {name: getattr(self.config, name, "") for name in INPUTS}
-        revision = getattr(self.config, "revision", "main")
-        found = {}
-        for name, value in given.items():
-            if value:
-                path = Path(value) if name == "data_dir" else resolve(value, revision)
-                found[name] = fingerprint(path)
-        if source := getattr(self.config, "reward_fn", "").rpartition(":")[0]:
-            found["reward_fn"] = {source: identity(Path(source))}
-        return found
-
-    def check_inputs(self) -> None:
-        """Raises UserError if data or a model is another than when the run began."""
-        before = self.about.get("inputs")
-        now = self.inputs() if before else {}
-        for name in now:
-            old = before.get(name, {})
-            new = now[name]
-            if other := sorted(file for file in old.keys() | new if old.get(file) != new.get(file)):
-                path = getattr(self.config, name)
-                raise UserError(f"--resume of {self.out}: --{name}={path} is not what it was when the run "
-                                f"began ({', '.join(other[:3])}): bring that back, or start anew with "
-                                "--overwrite")
-
     def begin(
         self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None,
         critic: NeoX | None = None,
     ) -> int:
         """Now that data and models are known to be good, touches the directory: sets aside what is there
         (--overwrite) or restores its newest checkpoint (--resume). Returns the step to go on from."""
-        enter(self.config, self.about, self.inputs())
+        enter(self.config, self.about)
         if not self.config.resume:
             return 0
         logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
@@ -264,16 +237,10 @@ class Run:
         return result
 
 
-def read_lines(metrics: Path, last: int) -> list[str]:
-    """The lines of a log up to step `last`; one that a kill cut off is left out."""
-    found = []
-    for line in metrics.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last:
-                found.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+def read_lines(log: Path, last: int) -> list[str]:
+    """The lines of a log up to step `last`."""
+    entries = read_objects(log)
+    return [line for line, entry in entries if isinstance(entry.get("step"), int) and entry["step"] <= last]
 
 
 def restore(
