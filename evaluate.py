@@ -302,7 +302,7 @@ def main(cfg: Config) -> dict:
         people = read_posts(cfg.data_dir, cfg.agreement, sides, cfg.agreement_rows)
     reference = load_reference(cfg, device)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
-    enter(cfg, about, fingerprints=False)  # each checkpoint has its own, see forget_if_changed
+    enter(cfg, about)
     out = Path(cfg.out_dir)
     folders = {name: out / name if sweep else out for name in checkpoints}
     print(f"{len(checkpoints)} checkpoint(s), {len(posts)} posts of sft_{cfg.split}, judge: {cfg.judge}")

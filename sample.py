@@ -40,7 +40,7 @@ from rlhf.generate import generate
 from rlhf.groups import micro_batches, pack
 from rlhf.masked import seq_logprobs
 from rlhf.model import NeoX
-from rlhf.out_dir import check_inputs, check_same, enter, forget_replaced, unlock
+from rlhf.out_dir import check_inputs, check_same, enter, forget_replaced, inputs_of, unlock
 from rlhf.pretrained import load_tokenizer, read_json
 from rlhf.summaries import texts_of
 
@@ -215,9 +215,11 @@ def main(cfg: Config) -> dict:
     if cfg.scorer == "gold" and not true_reward:
         raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
     out = Path(cfg.out_dir)
+    sampled = out / "parts.jsonl"  # one line for each generation call; gone when the tables are there
     about = check_same(cfg, may_change=MAY_CHANGE)
     if cfg.resume and (out / "result.json").exists():
         result = read_json(out / "result.json")
+        sampled.unlink(missing_ok=True)
         print(f"{out}: finished already\n{json.dumps(result)}")
         return result
     if cfg.resume:
@@ -235,8 +237,7 @@ def main(cfg: Config) -> dict:
         scorer = (frozen(load(cfg.reward_model, head="score")), "score")
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tables(cfg.data_dir, [model, scorer[0]], ("sft_train", cfg.rows, R))
-    enter(cfg, about)
-    sampled = out / "parts.jsonl"  # one line for each generation call
+    enter(cfg, about, inputs_of(cfg))
     parts = [part for _, part in read_objects(sampled)]
     write_file(sampled, "".join(json.dumps(part) + "\n" for part in parts))
 

@@ -182,7 +182,7 @@ def forget_replaced(out: Path) -> None:
         remove(replaced(out))
 
 
-def enter(config, about: dict, fingerprints: bool = True) -> None:
+def enter(config, about: dict, inputs: dict | None = None) -> None:
     """Makes --out_dir, of which check_out_dir said `about`, this process's own: locked, and with a run.json.
     --overwrite sets aside what is there."""
     out = Path(config.out_dir)
@@ -193,7 +193,7 @@ def enter(config, about: dict, fingerprints: bool = True) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if is_new(out):
-        written = describe(config) | ({"inputs": inputs_of(config)} if fingerprints else {})
+        written = describe(config) | ({"inputs": inputs} if inputs else {})
         write_file(out / "run.json", json.dumps(written, indent=2) + "\n")
     elif not about:
         raise UserError(f"{out}: another process has begun a run there: choose another --out_dir")

@@ -23,6 +23,7 @@ from rlhf.out_dir import (
     exists,
     forget_replaced,
     has_shown,
+    inputs_of,
     lock,
     named,
     unlock,
@@ -121,7 +122,7 @@ class Run:
     ) -> int:
         """Now that data and models are known to be good, touches the directory: sets aside what is there
         (--overwrite) or restores its newest checkpoint (--resume). Returns the step to go on from."""
-        enter(self.config, self.about)
+        enter(self.config, self.about, inputs_of(self.config))
         if not self.config.resume:
             return 0
         logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
@@ -142,6 +143,7 @@ class Run:
                 self.last = json.loads(lines[-1])
         if self.changed:
             self.note_changes()
+        thin(self.out / "ckpt", self.config.keep)
         (self.out / "result.json").unlink(missing_ok=True)  # of a run that is made longer
         if has_shown(self.out):
             forget_replaced(self.out)  # a kill came between
@@ -187,9 +189,7 @@ class Run:
         folder = self.out / "ckpt"
         aside = folder / "writing"
         shutil.rmtree(aside, ignore_errors=True)
-        kept = sorted(folder.glob("step_*"))
-        for old in kept[: -max(1, self.config.keep - 1)] if self.config.keep else []:
-            remove(old)
+        thin(folder, self.config.keep and max(1, self.config.keep - 1))
         save_pretrained(model, tokenizer, aside)
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         if generator is not None:
@@ -205,11 +205,7 @@ class Run:
             remove(final)
         aside.rename(final)
         sync(folder)
-        kept = sorted(folder.glob("step_*"))
-        for old in kept[: -self.config.keep] if self.config.keep else []:
-            remove(old)
-        for old in kept[:-2]:
-            (old / "trainer.pt").unlink(missing_ok=True)
+        thin(folder, self.config.keep)
         forget_replaced(self.out)
 
     def finish(self, model: NeoX, tokenizer: Tokenizer, result: dict) -> dict:
@@ -235,6 +231,18 @@ class Run:
         result = read_json(self.out / "result.json")
         print(json.dumps(result))
         return result
+
+
+def thin(folder: Path, keep: int) -> None:
+    """Only the newest `keep` checkpoints stay (0: all), of which the newest two can be resumed; and nothing
+    of one that a kill left half removed."""
+    for half in folder.glob(".*.removed"):
+        shutil.rmtree(half)
+    kept = sorted(folder.glob("step_*"))
+    for old in kept[:-keep] if keep else []:
+        remove(old)
+    for old in kept[:-2]:
+        (old / "trainer.pt").unlink(missing_ok=True)
 
 
 def read_lines(log: Path, last: int) -> list[str]:
