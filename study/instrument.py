@@ -8,8 +8,8 @@
     4 size            gold of SFT, greedy and sampled, rises from small to medium to large, each time by more
                       than the standard error (the larger of two: over posts, and over seeds of SFT)
     5 temperature     RLOO gains more than twice what any other temperature of the SFT model gains
-    6 robust          the same signs, and the order by gold "without KL (reward alone, MaxEnt) < offline (SimPO,
-                      DPO) < KL", for all seeds, other matrix kernels and another thread count
+    6 robust          the same signs, and the order by gold "without KL (reward alone, MaxEnt) < offline (DPO,
+                      SimPO) < KL", for all seeds, other matrix kernels and another thread count
 
 Seed s has its own reward model, prompts and samples. Run again, it goes on where it was stopped. No setting
 was chosen with these seeds, nor with this seed of the world.
