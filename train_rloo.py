@@ -239,8 +239,8 @@ def main(cfg: Config) -> dict:
         rows = batch_indices(len(data["query_token"]), asked, step, cfg.seed)
         drawn = take(data, rows)
         if cfg.rollout == "reset":
-            forced = forced_tokens(drawn["references"], cfg.reset_share, cfg.seed * 1_000_003 + step)
-            drawn["forced"] = forced
+            seed = cfg.seed * 1_000_003 + step
+            drawn["forced"] = forced_tokens(drawn["references"], cfg.reset_share, R, seed)
         rollout = ROLLOUTS[cfg.rollout](sample, score, drawn, cfg.k, R, timer.lap)
         prompts = rollout.prompts
         responses = rollout.responses

@@ -61,14 +61,16 @@ def one_by_one(sample: Callable, score: Callable, drawn: dict, k: int, R: int, l
 # --- dataset reset (DR-PO, arXiv 2404.08495)
 
 
-def forced_tokens(references: list[list[list[int]]], share: float, seed: int) -> list[list[int]]:
-    """The first L ~ uniform on {1, ..., length - 1} tokens of a share of the human responses, else none."""
+def forced_tokens(references: list[list[list[int]]], share: float, R: int, seed: int) -> list[list[int]]:
+    """The first L tokens of a share of the human responses, else none. L ~ uniform on {1, ..., length - 1},
+    with room for one of R tokens after it."""
     generator = torch.Generator().manual_seed(seed)
     coins, sizes = torch.rand(2, len(references), generator=generator)
     forced = []
     for (reference,), coin, size in zip(references, coins.tolist(), sizes.tolist()):
-        L = 1 + int(size * (len(reference) - 1))
-        forced.append(reference[:L] if coin < share and len(reference) > 1 else [])
+        most = min(len(reference), R) - 1
+        L = 1 + int(size * most)
+        forced.append(reference[:L] if coin < share and most > 0 else [])
     return forced
 
 
