@@ -1,8 +1,8 @@
 r"""Weight averaging: several models of one architecture become the model of their mean weights.
 
 Of reward models that were trained from one SFT model with other seeds, data orders or learning rates this is
-WARM (arXiv 2401.12187): one model's cost for much of an ensemble's robustness. Beside it, the ensemble itself:
-train_rloo.py --reward_model=a,b,c --reward_mix=mean.
+WARM (arXiv 2401.12187): much of an ensemble's robustness for the cost of one model. Beside it, the ensemble
+itself: train_rloo.py --reward_model=a,b,c --reward_mix=mean.
 
     python average.py --models=out/toy/rm_1,out/toy/rm_2,out/toy/rm_3 --out_dir=out/toy/rm_average
 """
