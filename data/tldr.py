@@ -4,8 +4,8 @@ As "N+", The N+ Implementation Details of RLHF with PPO (arXiv 2403.17031), prep
 data/tldr_prompts.py. Responses are never cut: what exceeds N+'s caps is counted. One difference:
 `<|endoftext|>` written out in a post or a summary is text and counted; N+ reads it as the end (token 0). The
 CNN/DM batches batch0_cnndm and cnndm0 are the same 437 rows upstream: kept twice as in N+, once with
---cnndm_once. Pairs get a soft label too, `preference` (see there). A source directory has tldr_3_filtered/{train,validation,test} and
-comparisons/{train,validation}, each .parquet or .jsonl.
+--cnndm_once. Pairs have a soft label too (see `preference`). A source directory has
+tldr_3_filtered/{train,validation,test} and comparisons/{train,validation}, each .parquet or .jsonl.
 
     python data/tldr.py --out_dir=out/tldr
     python data/tldr.py --out_dir=out/sample/data --source=../shared/tldr --tokenizer=../shared/tokenizer.json

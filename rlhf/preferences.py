@@ -23,7 +23,7 @@ COLUMNS = {
     "scores": ["rewards"],
     "objectives": ["chosen_parts", "rejected_parts"],  # named parts of each response's reward
 }
-MADE_BY = {"preference": "data/toy.py or data/tldr.py"}  # a column: what writes it, if not the toy world alone
+MADE_BY = {"preference": "data/toy.py or data/tldr.py"}  # a column: what writes it, if not data/toy.py alone
 AGAIN = "\n\nTL;DR:"  # after an answer that is shown: asks for another one
 
 Batch = dict[str, list | Tensor]
@@ -41,8 +41,9 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
         wanted.remove("scores")
     columns += [column for extra in wanted for column in COLUMNS[extra]]
     if not ranked and not column_names(data_dir, table) and column_names(data_dir, "rankings_train"):
-        raise UserError(f"{data_dir} has rankings and no {table}: --loss={loss} compares two responses, rankings "
-                        f"are for --loss={' and --loss='.join(sorted(RANKED))}")
+        ranked_losses = " and --loss=".join(sorted(RANKED))
+        raise UserError(f"{data_dir} has rankings and no {table}: --loss={loss} compares two responses; "
+                        f"rankings are for --loss={ranked_losses}")
     for column in columns:
         if not has_column(data_dir, table, column) and not column.endswith("_token"):
             raise UserError(f"{data_dir}/{table}.parquet has no column {column}, which --loss={loss} reads: "

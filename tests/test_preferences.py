@@ -248,7 +248,7 @@ def test_noise_follows_the_step_and_the_seed(world, tmp_path):
 
 
 def test_micro_batches_count_the_further_groups():
-    """A pair of SRPO holds both answers again behind two longer prompts; VPO's a response of another prompt."""
+    """A pair of SRPO holds both answers again behind two longer prompts; VPO's one response more."""
     prompts, responses = random_groups([[3, 6], [5, 1], [4, 7], [2, 2]], ended=True)
     batch = {"prompts": prompts, "responses": responses}
     again = [7, 9]
@@ -307,7 +307,7 @@ def test_bad_values_are_named(world, tmp_path):
     with pytest.raises(UserError, match="the preference of row 1 is 1.2; it is a probability, from 0 to 1"):
         train(world, tmp_path / "run", data_dir=str(data), loss="osp")
     (data / "pairs_train.parquet").unlink()
-    said = "has rankings and no pairs_train: --loss=dpo compares two responses, rankings are for --loss=rrhf and"
+    said = "--loss=dpo compares two responses; rankings are for --loss=rrhf and --loss=simpo_pl"
     with pytest.raises(UserError, match=said):
         train(world, tmp_path / "run", data_dir=str(data), loss="dpo")
     rankings = data / "rankings_train.parquet"
