@@ -27,7 +27,7 @@ def read_rows(files: list[Path], title: str) -> Iterator[dict]:
                 bar = tqdm(rows, title, total, unit=" rows", mininterval=1)
                 for number, row in enumerate(bar, 1):
                     yield {**row, "where": f"{file}, row {number}"}
-        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file}, row {number + 1}: cannot be read: {error}") from error
         if not number:
             raise UserError(f"{file}: no rows")
@@ -58,6 +58,11 @@ def value(row: dict, column: str, kind: type, default: str | int | None = None):
     if not isinstance(item, kind):
         shown = "null" if item is None else repr(str(item)[:40])
         raise UserError(f"{row['where']}: column {column!r} is {shown}, which is no {kind.__name__}")
+    if kind is str:
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{row['where']}: column {column!r} is no valid text ({error})") from error
     return item
 
 

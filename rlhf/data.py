@@ -1,6 +1,7 @@
 """Prepared data (written by data/tldr.py or data/toy.py) -> tables and batches. A data directory holds
 parquet tables, meta.json and tokenizer.json."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,11 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
         table = open_table(data_dir, name, [*columns, *texts], rows)
         for column in texts:
             check_texts(path, column, table[column].combine_chunks())
+        if "facts" in there:
+            check_facts(path, table["facts"].to_pylist())
+        elif name.startswith("sft_") and has_column(data_dir, "sft_train", "facts"):
+            raise UserError(f"{path}: no column facts, which sft_train has: the true reward is computed from "
+                            "it; it has to be in both, or in neither")
         tokens = {column: table[column].combine_chunks() for column in columns}
         longest = {column: check_ids(path, column, ids, vocabulary) for column, ids in tokens.items()}
         prompts = longest.pop("query_token")
@@ -158,6 +164,19 @@ def check_texts(path: Path, column: str, texts: pa.Array) -> None:
         raise UserError(f"{path}: column {column} is {texts.type}, expected text")
     if texts.null_count:
         raise UserError(f"{path}: row {first(pc.is_null(texts))}: {column} is null")
+
+
+def check_facts(path: Path, rows: list[str]) -> None:
+    """Of the toy world's posts: {"facts": {day: thing, ...}, ...}."""
+    for i, row in enumerate(rows):
+        try:
+            facts = json.loads(row)["facts"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            facts = None
+        if not isinstance(facts, dict) or not facts:
+            raise UserError(f'{path}: row {i}: facts is no JSON object {{"facts": {{day: thing}}}}, from '
+                            "which the toy world's true reward is computed: drop the column, or prepare the "
+                            "data again with data/toy.py")
 
 
 def check_ids(path: Path, column: str, ids: pa.Array, vocabulary: int) -> np.ndarray:
