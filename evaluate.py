@@ -133,12 +133,12 @@ def find_checkpoints(text: str) -> dict[str, str]:
         elif paths := matches(part):
             found += paths
         else:
-            raise UserError(f"--model={part}: no directory matches")
+            raise UserError(f"--model={part}: no directory matches; a run has its checkpoints in ckpt/step_*")
     if not found:
         raise UserError(f"--model={text}: names no model")
     parts = [Path(path).parts for path in found]
     if len(set(parts)) < len(parts):
-        raise UserError(f"--model={text}: names the same model twice")
+        raise UserError(f"--model={text}: names the same model twice: name it once")
     tail = next(k for k in range(1, 99) if len({p[-k:] for p in parts}) == len(parts))
     return {"-".join(p[-tail:]).strip("/.-") or "model": path for p, path in zip(parts, found)}
 
@@ -290,13 +290,13 @@ def main(cfg: Config) -> dict:
     began = time.time()
     check(cfg)
     device = setup(cfg.seed, cfg.device)
+    meta = read_meta(cfg.data_dir)
     checkpoints = find_checkpoints(cfg.model)
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
     for path in checkpoints.values():
         resolve(path, cfg.revision)  # a wrong name is told before anything is written
     inputs = [*checkpoints.values(), cfg.judge_cache, cfg.judge_template]
     about = check_same(cfg, *inputs, may_change=MAY_CHANGE, go_on=sweep)
-    meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]
     read = [(f"sft_{cfg.split}", cfg.n, 0), (cfg.agreement, cfg.agreement_rows, 0)]
     check_tables(cfg.data_dir, unloaded(cfg, cfg.reward_model), *read[: 1 + bool(cfg.agreement)])

@@ -218,7 +218,8 @@ def main(cfg: Config) -> dict:
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     if cfg.scorer == "gold" and not true_reward:
-        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
+        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}: "
+                        "give --reward_model")
     data = read_prompts(cfg, bool(true_reward))
     valid = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)
     out = Run(cfg, total)

@@ -24,7 +24,8 @@ def setup(seed: int, device: str) -> torch.device:
     try:
         chosen = torch.empty(1, device=device).device  # with its number: cuda is cuda:0
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={device}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={device}: {reason}; --device=cpu is always there") from error
     torch.manual_seed(seed)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # a CUDA graph is recorded on the current device
@@ -112,7 +113,8 @@ def optimizer_step(
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     if not math.isfinite(norm) or not math.isfinite(loss):
         raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not "
-                       "updated; lower --lr or resume an earlier checkpoint")
+                       "updated, and --resume would come here again: start anew with a lower --lr or with "
+                       "--max_grad_norm=1, or go on from a checkpoint of it with --model=.../ckpt/step_N")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -172,7 +172,7 @@ def check_vocabularies(models: list[NeoX]) -> None:
     sizes = [m.config.vocab_size for m in models]
     if len(set(sizes)) > 1:
         raise UserError(f"a mixture of models needs one vocabulary: the model has {sizes[0]} tokens, "
-                        f"the reference {sizes[1]}")
+                        f"the reference {sizes[1]}; take models of one, or --mixture=0")
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def generate(
     check_vocabularies(models)
     if longest + R > context:
         raise UserError(f"a prompt of {longest} tokens and {R} new ones are more than the model's context "
-                        f"({context})")
+                        f"({context}): lower --response_tokens, or prepare shorter prompts")
     tokens = torch.full((N * K, R), PAD, device=device)
     ended = torch.zeros(N * K, dtype=torch.bool, device=device)
 

@@ -113,14 +113,15 @@ def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> No
                     copy_tensor(file, key, wanted[key])
                     left.discard(key)
                 elif key not in tied:
-                    raise UserError(f"{file}: unexpected tensor {key}")
+                    raise UserError(f"{file}: unexpected tensor {key}; is it the model that is meant?")
         except UserError:
             raise
         except Exception as error:  # safetensors raises its own SafetensorError for truncated files
-            raise UserError(f"{file}: not a readable safetensors file ({error}); half-written?") from error
+            raise UserError(f"{file}: not a readable safetensors file ({error}): half-written or "
+                            "damaged; take another checkpoint, or download it again") from error
     if left:
         names = ", ".join(sorted(left)[:4]) + (" ..." if len(left) > 4 else "")
-        raise UserError(f"{directory}: tensors missing from the file: {names}")
+        raise UserError(f"{directory}: tensors missing from the file: {names}; is it the model meant?")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -131,7 +132,8 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if not (directory / name).exists():
-            raise UserError(f"{directory / name}: missing (an incomplete download or checkpoint?)")
+            raise UserError(f"{directory / name}: missing: download the model again, or take another "
+                            "checkpoint")
     return [directory / name for name in names]
 
 
@@ -142,10 +144,12 @@ def copy_tensor(file: Path, key: str, parameter: torch.Tensor) -> None:
     with safe_open(file, "pt") as tensors:
         shape = tensors.get_slice(key).get_shape()
         if shape != list(parameter.shape):
-            raise UserError(f"{file}: {key} has shape {shape}, config.json asks for {list(parameter.shape)}")
+            raise UserError(f"{file}: {key} has shape {shape}, config.json asks for "
+                            f"{list(parameter.shape)}: one of the two is of another model")
         parameter.copy_(tensors.get_tensor(key))
     if not all_finite(parameter):
-        raise UserError(f"{file}: {key} holds numbers that are not finite (a run that diverged?)")
+        raise UserError(f"{file}: {key} holds numbers that are not finite: the run diverged; "
+                        "take an earlier checkpoint, or train again with a lower --lr")
 
 
 @torch.no_grad()
@@ -197,6 +201,10 @@ def from_pretrained(
                     f"{path_or_id}: is a language model, not a reward model (train one with train_rm.py)"
                 )
             check_padding(raw, path_or_id)
+        if head == "embed_out" and "ForSequenceClassification" in str(raw.get("architectures")):
+            raise UserError(
+                f"{path_or_id}: is a reward model, not a language model (train one with train_sft.py)"
+            )
         skip = ("score.weight", "embed_out.weight") if new_head else ()
         load_weights(model, directory, skip)
         if new_head:
@@ -216,7 +224,8 @@ def save_pretrained(
     tensors = dict(model.named_parameters())  # a tied weight once, under its first name, as transformers does
     for name, tensor in tensors.items():
         if not all_finite(tensor):
-            raise RunError(f"{name} holds numbers that are not finite, so it was not saved: lower --lr")
+            raise RunError(f"{name} holds numbers that are not finite, so it was not saved: train again "
+                           "with a lower --lr")
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", saved_config(model, dtype))
 
