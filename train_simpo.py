@@ -6,7 +6,7 @@
     simpo_pl    SimPO on K ranked responses (Plackett-Luce, eq. 12): reads rankings_train, not pairs_train
     and twenty more, at the end of this help: each is one function in rlhf/losses.py or beside it
 
-There is no hidden NLL term (TRL's CPO adds one by default). Leaves out: dropout; VPO's on-policy calibration.
+There is no hidden NLL term (TRL's CPO adds one by default). Leaves out: dropout.
     CPU, toy world:  python train_simpo.py --data_dir=out/toy/data --model=out/toy/sft --loss=simpo
                          --out_dir=out/toy/simpo --lr=1e-4 --train_rows=5000 --batch_size=32
                          (half a minute; gold 0.47 to 0.59)
@@ -77,7 +77,8 @@ class Config:
     label_smoothing: float | None = None  # share of labels taken to be flipped
     r_max: float | None = None  # chipo clips its margin at twice this
     top_k: int | None = None  # competitors of each rejected token in cringe
-    calibration: Literal["chosen", "reference"] = "chosen"  # vpo's calibration response
+    calibration: Literal["chosen", "reference", "sample"] = "chosen"  # vpo's calibration response: the chosen
+    #                     one, an SFT summary, or one drawn from the policy at each update
     # optimization
     lr: float = 1e-6  # peak learning rate (the paper: 1e-6 for DPO, 1e-6 and 2e-7 for SimPO)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up; would be 0 one update later
@@ -155,7 +156,7 @@ def main(cfg: Config) -> dict:
     reads = extras(loss_fn)  # what it reads beside log-probs
     table = "rankings_train" if cfg.loss in RANKED else "pairs_train"
     device = setup(cfg.seed, cfg.device)
-    meta = read_meta(cfg.data_dir)
+    R = read_meta(cfg.data_dir)["response_tokens"]
     train = read_preferences(cfg.data_dir, table, cfg.loss, reads, cfg.train_rows)
     valid = read_preferences(cfg.data_dir, "pairs_validation", cfg.loss, reads, cfg.eval_rows)
     valid_posts = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)["query_token"]
@@ -181,7 +182,8 @@ def main(cfg: Config) -> dict:
     context = policy.config.max_position_embeddings
     check_tables(
         cfg.data_dir, [policy, reference] if reference else [policy], (table, cfg.train_rows, 0),
-        ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
+        *([(table, cfg.train_rows, R)] if cfg.calibration == "sample" else []),
+        ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, R),
         *([("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []),
     )
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
@@ -209,13 +211,17 @@ def main(cfg: Config) -> dict:
         batch = dict(batch)
         n = len(batch["prompts"])
         if sft:
-            chosen = batch_indices(len(sft[split]["sft_prompts"]), n, step, cfg.seed)
+            chosen = batch_indices(len(sft[split]["other_prompts"]), n, step, cfg.seed)
             batch |= rows_of(sft[split], chosen)
+        if cfg.calibration == "sample":
+            generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+            drawn = generate_all(policy, batch["prompts"], 1, R, batch=64, temperature=1, generator=generator)
+            batch |= {"other_prompts": batch["prompts"], "other_responses": [row for row, in drawn[0]]}
         if "noise" in reads and split == "train":
             generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
             batch["noise"] = torch.randn(n, len(batch["objectives"][0]), 2, generator=generator)
         if "target_margins" in reads:  # the margin of a pair depends on the whole batch: one more forward
-            slices = slices_of(batch, cfg.micro_batch_tokens)
+            slices = slices_of(batch, cfg.micro_batch_tokens, reads, again)
             with torch.no_grad():
                 gaps = torch.cat([batch_loss(part, 0)[1]["margins"] for part in slices])  # (N,)
             batch["target_margins"] = dynamic_margins(gaps, options["gamma"], options["tau"])
@@ -229,7 +235,7 @@ def main(cfg: Config) -> dict:
 
     @torch.no_grad()
     def evaluate() -> dict:
-        parts = slices_of(batch_extras(valid, "validation", 0), cfg.micro_batch_tokens)
+        parts = slices_of(batch_extras(valid, "validation", 0), cfg.micro_batch_tokens, reads, again)
         found = means([batch_loss(part, max(TOP_K, top_k))[1] for part in parts])
         return {f"eval/{key}": value for key, value in found.items()}
 
@@ -237,7 +243,8 @@ def main(cfg: Config) -> dict:
         began = time.time()
         batch = rows_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
         parts = []
-        for part in slices_of(batch_extras(batch, "train", step), cfg.micro_batch_tokens):
+        whole = batch_extras(batch, "train", step)
+        for part in slices_of(whole, cfg.micro_batch_tokens, reads, again):
             losses, logged = batch_loss(part, top_k)
             (losses.sum() / cfg.batch_size).backward()
             parts.append(logged)
@@ -251,7 +258,6 @@ def main(cfg: Config) -> dict:
         out.log(step + 1, metrics, show=("loss", "accuracies", "logps/chosen"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer)
 
-    R = meta["response_tokens"]
     greedy, ended = generate_all(policy, valid_posts, 1, R, batch=64, progress="greedy samples")
     quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, gold(cfg.data_dir))
     return out.finish(policy, tokenizer, {**evaluate(), **quality})
