@@ -129,9 +129,11 @@ def finished(name: str, seed: int, out: str) -> bool:
 
 def short(name: str) -> str:
     """The commands as the table shows them: what tells this method from others."""
-    shown = [re.sub(r" --(\w+=\{\S+|out_dir=\S+|reward_model=( |$)|rows=\d+)", " ", step)
-             for step in METHODS[name][2:]]
-    return ", ".join(f"`{' '.join(step.split())}`" for step in shown)
+    shown = []
+    for step in METHODS[name][2:]:
+        text = step.format(run="mpo", out="", third="N", episodes="").replace("=/", "=").replace(",/", ",")
+        shown.append(re.sub(r" --(out_dir=\S+|rows=\d+|reward_model=(?= ))", "", text))
+    return ", ".join(f"`{text}`" for text in shown)
 
 
 COLUMNS: dict[str, Callable[[RunLog], float]] = {
