@@ -3,8 +3,8 @@ r"""Every way to learn from one's own samples, side by side: the commands of run
     python -m study.online --commands --out=out/online    a line per run that is not finished: name, commands
     python -m study.online --table --out=out/online       a markdown table of what each came to
 
-Per method the mean over seeds, and in brackets the smallest and the largest: gold reward, KL to the SFT model
-and length of sampled summaries of the final model (evaluate.py); seconds of all its steps on one core.
+Per method the mean over seeds and their standard deviation: gold reward, KL to the SFT model and length of
+sampled summaries of the final model (evaluate.py); mean seconds of all its steps on one core.
 """
 
 import re
