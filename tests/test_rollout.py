@@ -310,6 +310,19 @@ def test_the_answer_alone_is_scored():
     assert found["ended"].tolist() == [[True, True, True]]  # the log's share of EOS is of the whole response
 
 
+def test_a_response_without_eos_loses_the_comparison():
+    def never(prompts, texts, others):
+        return [0.25] * len(texts)
+
+    ended = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    for rule, wins in (("none", [0.25] * 4), ("replace", [0.25, 1.0, 0.0, 0.25])):
+        score = Scorer(device=torch.device("cpu"), tokenizer=WORDS, pack_rows=None, max_tokens=99, models=[],
+                       compare_fn=never, rule=rule)
+        found = score({"query_token": [[5, 6]] * 4}, [[[7], [8]]] * 4, ended)
+        assert found["wins"].tolist() == wins
+        assert found["raw_scores"].tolist() == [[p, 1 - p] for p in wins]
+
+
 # --- the entropy's coefficient, and the gradient that eq. 7 drops
 
 
@@ -325,6 +338,30 @@ def test_the_coefficient_follows_the_entropy(tiny):
         assert after["reward/maxent_length"] == pytest.approx(
             after["coefficient/maxent_length"] * after["bonus/maxent_length"], rel=1e-6
         )
+
+
+@pytest.mark.parametrize("options", [
+    dict(reward="maxent_length:0.1", entropy_target=9.0), dict(rollout="adaptive"), dict(rollout="reset"),
+], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one(prepare, models, monkeypatch, options):
+    """Killed before the fourth update was logged; the newest checkpoint is that of the second."""
+    prepare({"a.jsonl": LINES})
+    rloo(reward_model="rm", **options, out_dir="whole")
+    usual = train_rloo.Run.log
+
+    def dies(self, step, metrics, show=()):
+        if step == 4:
+            raise KeyboardInterrupt
+        usual(self, step, metrics, show)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rloo.Run, "log", dies)
+        with pytest.raises(KeyboardInterrupt):
+            rloo(reward_model="rm", **options)
+    rloo(reward_model="rm", **options, resume=True)
+    logs = [lines_of(f"{run}/metrics.jsonl") for run in ("whole", "rloo")]
+    numbers = [[{k: v for k, v in line.items() if "second" not in k} for line in log] for log in logs]
+    assert numbers[0] == numbers[1] and len(logs[0]) == 4
 
 
 Y = Responses(vocab=3, length=3)
