@@ -198,6 +198,34 @@ def test_xpo_by_hand():
     assert without.mean().item() == pytest.approx(0.684447, abs=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_xpo_has_the_loss_and_the_gradient_of_its_formula(sign):
+    """mean over pairs of -log sigmoid(beta D) + alpha log pi(y of the reference), on random log-probs: what
+    TRL up to 0.29 computes (its XPOTrainer), but for ties and for the constant log pi_ref. Minus is not it."""
+    alpha, beta = 0.3, 0.1
+    g = torch.Generator().manual_seed(5)
+    mask = torch.arange(6) < torch.randint(1, 7, (4, 2, 1), generator=g)
+    logprobs = (-torch.rand(4, 2, 6, generator=g, dtype=torch.float64)).requires_grad_()
+    ref = -torch.rand(4, 2, 6, generator=g, dtype=torch.float64)
+    scores = torch.randn(4, 2, generator=g)
+    sums, ref_sums = (torch.where(mask, x, 0).sum(-1) for x in (logprobs, ref))  # (4, 2)
+    first = scores[:, 0] > scores[:, 1]
+    ratio = (sums - ref_sums)[:, 0] - (sums - ref_sums)[:, 1]
+    margin = torch.where(first, ratio, -ratio)
+    expected = (-(beta * margin).sigmoid().log() + sign * alpha * sums[:, 1]).mean()
+    cfg = train_online.Config(data_dir="", model="", reward_model="rm", out_dir="", beta=beta, explore=alpha)
+    cfg, options = train_online.with_options(cfg)
+    stats = TokenStats(logprobs, logprobs, ref)
+    compared = compare(scores, "hard", torch.zeros(4))
+    losses = train_online.learn(cfg, options, stats, mask, scores, compared, 4)["loss"]
+    there = gradient(expected, logprobs)
+    if sign == 1:
+        close(logprobs.grad, there)
+        close(losses.mean(), expected.detach() - alpha * ref_sums[:, 1].mean())
+    else:
+        assert (logprobs.grad - there).abs().max() > 0.01
+
+
 def test_selm_by_hand():
     """k = 1 and the data's pair: the sample, with a log-ratio of +0.5 and -0.5, is neither best nor worst."""
     columns = [[[-1.0, -0.5], *A[0]], [[-1.0, -1.5], *A[1]]]
