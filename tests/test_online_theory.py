@@ -201,7 +201,7 @@ def test_xpo_by_hand():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_xpo_has_the_loss_and_the_gradient_of_its_formula(sign):
     """mean over pairs of -log sigmoid(beta D) + alpha log pi(y of the reference), on random log-probs: what
-    TRL up to 0.29 computes (its XPOTrainer), but for ties and for the constant log pi_ref. Minus is not it."""
+    TRL up to 0.29 has (XPOTrainer), but for ties and for the constant log pi_ref. Minus is not it."""
     alpha, beta = 0.3, 0.1
     g = torch.Generator().manual_seed(5)
     mask = torch.arange(6) < torch.randint(1, 7, (4, 2, 1), generator=g)
