@@ -1,7 +1,8 @@
 r"""Online preference learning: the policy samples, something compares, a pair loss learns.
 
     y_1 .. y_K ~ softmax((1-c) logits_pi + c logits_ref)     c: --mixture; of the last K/2: --opponent
-    P(y > y') = sigmoid(s(y) - s(y'))     s: reward model or gold; the label is hard, sampled or soft
+    P(y > y') = sigmoid(s(y) - s(y'))     s: reward models, gold or a function; or a function that compares.
+                                          The label is hard, sampled or soft
     loss      = pair loss(best of K, worst of K) + explore x log(pi/pi_ref)(y_K)
 Every method is these options, and its row at the end of --help. Leaves out: a policy of its own per opponent.
 To read beside it: rlhf/compare.py (pairs, labels, Nash-MD), rlhf/losses.py (pair losses).

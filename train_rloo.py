@@ -31,7 +31,7 @@ from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
-from rlhf.groups import micro_batches, pack
+from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_sum, seq_logprobs
 from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_metrics
 from rlhf.model import NeoX
@@ -173,6 +173,17 @@ def coefficients_now(cfg: Config, last: dict) -> dict[str, float]:
     return coefficients
 
 
+@torch.no_grad()
+def look(
+    cfg: Config, scored: dict[str, Tensor], groups: Groups, models: list, coefficients: dict[str, float],
+) -> dict[str, Tensor]:
+    """Numbers of the responses that samples.jsonl shows, (n, K) each: scores, and rewards as in training."""
+    stats = token_stats(models[0], groups, cfg.temperature, models[1])
+    known = scored["scores"], stats.logprobs, stats.ref_logprobs, groups.response_mask
+    rewards, _ = rlhf_reward(*known, coefficients, cfg.invalid_logprob_fill)  # (n, K)
+    return scored | {"rewards": rewards}
+
+
 def policy_gradient(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, bonus: Tensor | float = 0.0, *,
     loss_fn: Callable, sequences: int,
@@ -251,13 +262,8 @@ def main(cfg: Config) -> dict:
         if cfg.samples_every and step % cfg.samples_every == 0:
             shown = watched(sample, score, valid, cfg.k, cfg.seed)
             groups = pack_rows(shown.prompts, shown.responses)
-            with torch.no_grad():
-                stats = token_stats(policy, groups, cfg.temperature, reference)
-            rewards, _ = rlhf_reward(
-                shown.scored["scores"], stats.logprobs, stats.ref_logprobs, groups.response_mask, coefficients
-            )  # (n, K)
-            scored = shown.scored | {"rewards": rewards}
-            log_samples(samples_file, step + 1, tokenizer, shown.prompts, shown.responses, scored)
+            numbers = look(cfg, shown.scored, groups, models, coefficients)
+            log_samples(samples_file, step + 1, tokenizer, shown.prompts, shown.responses, numbers)
             timer.lap("samples")
 
         # The policy that scores is the one that sampled: its scoring forward is the first learning forward.

@@ -232,6 +232,15 @@ def test_compile(tiny, script, monkeypatch):
     assert_same(script, run, tiny.run(script))
 
 
+def test_the_sampler_of_a_round_is_compiled_too(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    run = tiny.fresh(train_online, compile=True, round_updates=2)
+    rounds = len(list((run / "rounds").iterdir()))
+    assert rounds == 2 and sum(f.__name__ == "project" for f in compiled) == 2 * (3 + rounds)
+    assert_same(train_online, run, tiny.run(train_online, round_updates=2))
+
+
 @each_training
 def test_checkpoints(tiny, script):
     usual = tiny.run(script)
