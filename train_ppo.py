@@ -32,6 +32,7 @@ from rlhf.forward import response_scores, token_stats, token_values
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_mean, masked_sum
+from rlhf.memory import dry_run
 from rlhf.model import NeoX
 from rlhf.policy import clipped_token_loss, clipped_value_loss, gae, k1, k2, k3, whiten
 from rlhf.pretrained import load_tokenizer
@@ -88,6 +89,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def check(cfg: Config) -> None:
@@ -183,6 +185,10 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
 
 def main(cfg: Config) -> dict:
     check(cfg)
+    if cfg.dry_run:
+        learning = {"policy": cfg.model, "critic": cfg.reward_model}
+        held = {"reference": cfg.ref_model or cfg.model, "reward model": cfg.reward_model}
+        return dry_run(cfg, learning, held, table="sft_train", prompts=cfg.rollout_prompts, k=cfg.k)
     device = setup(cfg.seed, cfg.device)
     N = cfg.batch_size // cfg.k  # prompts per update
     meta = read_meta(cfg.data_dir)

@@ -34,6 +34,7 @@ from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.masked import masked_mean, masked_sum, seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.model import NeoX
 from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3
 from rlhf.pretrained import load_tokenizer
@@ -99,6 +100,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def check(cfg: Config) -> None:
@@ -216,6 +218,11 @@ def update_metrics(passes: list[dict[str, float]]) -> dict[str, float]:
 
 def main(cfg: Config) -> dict:
     check(cfg)
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model}
+        held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
+        at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
+        return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
     device = setup(cfg.seed, cfg.device)
     coefficients = parse_reward(cfg.reward)
     N = cfg.batch_size // cfg.k  # prompts per update

@@ -36,6 +36,7 @@ from rlhf.data import (
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
+from rlhf.memory import dry_run
 from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 
@@ -76,6 +77,7 @@ class Config:
     compile: bool = False  # torch.compile the model
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 NOTES = ("split", "batch", "confidence")  # accuracy is told by each of these that a validation table has
@@ -107,6 +109,8 @@ def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dic
 
 def main(cfg: Config) -> dict:
     check_ranges(cfg)
+    if cfg.dry_run:
+        return dry_run(cfg, {"reward model": cfg.model}, {})
     device = setup(cfg.seed, cfg.device)
     read_meta(cfg.data_dir)
     columns = ["query_token", "chosen_token", "rejected_token"]
