@@ -135,6 +135,16 @@ def config_of(model: str, revision: str) -> NeoXConfig:
     return NeoXConfig.from_dict(read_json(file or resolve(model) / "config.json"))
 
 
+def sizes_of(models: dict[str, str], revision: str) -> dict[str, Size]:
+    """{name: Size}; several models of a name are joined by ','."""
+    sizes = {}
+    for name, paths in models.items():
+        for i, path in enumerate(paths.split(",")):
+            size = Size.of(config_of(path, revision), HEADS.get(name, "embed_out"))
+            sizes[f"{name} {i + 1}" if i else name] = size
+    return sizes
+
+
 def prompt_lengths(data_dir: str, table: str) -> list[int]:
     return pc.list_value_length(open_table(data_dir, table, ["query_token"], 0)["query_token"]).to_pylist()
 
@@ -150,24 +160,20 @@ def dry_run(
 ) -> dict[str, float]:
     """Prints what each stage takes, and returns it in GiB; touches and loads nothing.
 
-    trained, frozen  {name: model directory or hub id}
+    trained, frozen  {name: model directory or hub id, several joined by ','}
     table, prompts, k  k samples at a time to each of `prompts` prompts of that table; 0: it does not sample
     """
     cuda = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
     dtype = matmul_dtype(cfg.dtype, torch.device("cuda" if cuda else "cpu"))
-    sizes = {}
-    for name, model in (trained | frozen).items():
-        sizes[name] = Size.of(config_of(model, cfg.revision), HEADS.get(name, "embed_out"))
-    learners = {name: sizes[name] for name in trained}
-    others = {name: sizes[name] for name in frozen}
+    learners = sizes_of(trained, cfg.revision)
+    others = sizes_of(frozen, cfg.revision)
     always = resident(learners, others, dtype, ranks)
     stages = {}
     if prompts:
         lengths = prompt_lengths(cfg.data_dir, table)
         prompts, P = min(prompts, len(lengths)), max(lengths)
         R = getattr(cfg, "response_tokens", 0) or read_meta(cfg.data_dir)["response_tokens"]
-        policy = sizes[next(iter(trained))]
-        stages["samples"] = rollout_memory(policy, dtype, prompts, k, P, R, ranks)
+        stages["samples"] = rollout_memory(learners["policy"], dtype, prompts, k, P, R, ranks)
     stages["update"] = update_memory(
         learners, others, dtype, cfg.micro_batch_tokens, cuda=cuda, checkpointing=cfg.gradient_checkpointing,
         ranks=ranks,

@@ -38,6 +38,12 @@ LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on th
 INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a run reads
 
 
+def named_by(config, name: str) -> list[str]:
+    """The paths or ids that an option of INPUTS names: none, one, or several reward models."""
+    value = getattr(config, name, "")
+    return [part for part in (value.split(",") if name == "reward_model" else [value]) if part]
+
+
 def finite(record: dict) -> dict:
     """None, which JSON writes as null, for every number that is not finite: JSON has no word for it."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -87,7 +93,7 @@ class Run:
         self.track = Trackers(config)
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
-        names = [getattr(config, name, "") for name in INPUTS]
+        names = [path for name in INPUTS for path in named_by(config, name)]
         self.about = check_out_dir(config, *names)
         self.finished = False
         if self.about and not config.overwrite:
@@ -118,13 +124,15 @@ class Run:
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """{option: fingerprint of what it names}."""
-        given = {name: getattr(self.config, name, "") for name in INPUTS}
         revision = getattr(self.config, "revision", "main")
         found = {}
-        for name, value in given.items():
-            if value:
+        for name in INPUTS:
+            values = named_by(self.config, name)
+            for value in values:
                 path = Path(value) if name == "data_dir" else resolve(value, revision)
-                found[name] = fingerprint(path)
+                folder = f"{value}/" if len(values) > 1 else ""
+                files = {folder + file: mark for file, mark in fingerprint(path).items()}
+                found[name] = found.get(name, {}) | files
         if source := getattr(self.config, "reward_fn", "").rpartition(":")[0]:
             found["reward_fn"] = {source: identity(Path(source))}
         return found
