@@ -113,6 +113,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
@@ -219,7 +220,7 @@ def main(cfg: Config) -> dict:
         held |= {"sampler": cfg.model} if cfg.round_updates else {}
         sampled = {"table": "sft_train", "prompts": cfg.rollout_prompts, "k": cfg.k}
         return dry_run(cfg, {"policy": cfg.model}, held, **sampled)
-    device = setup(cfg.seed, cfg.device)
+    device = setup(cfg.seed, cfg.device, cfg.plain)
     N = cfg.batch_size // cfg.k  # prompts per update
     own = cfg.k if cfg.opponent is None else cfg.k // 2  # responses per prompt that are not the opponent's
     R = cfg.response_tokens or meta["response_tokens"]  # longest sample

@@ -109,6 +109,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
@@ -194,7 +195,7 @@ def main(cfg: Config) -> dict:
         held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
         at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
         return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
-    device = setup(cfg.seed, cfg.device)
+    device = setup(cfg.seed, cfg.device, cfg.plain)
     N = cfg.batch_size // cfg.k  # rows of K responses per update
     asked = N // 2 if cfg.rollout == "budget" else N  # prompts per update
     meta = read_meta(cfg.data_dir)
