@@ -1,6 +1,7 @@
 """Files that a kill or a full disk, at any moment, leaves whole; how to see that one is still what it was."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,19 @@ def sync(*paths: Path) -> None:
             os.close(handle)
 
 
+def read_objects(log: Path) -> list[tuple[str, dict]]:
+    """The lines of a jsonl file and the objects in them; a line that a kill cut off is left out."""
+    found = []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            found.append((line, entry))
+    return found
+
+
 def remove(directory: Path) -> None:
     """Renamed before it is emptied: half a run is never found under its name."""
     doomed = directory.with_name(f".{directory.name}.removed")
@@ -46,7 +60,7 @@ def move_in(aside: Path, out: Path, last: str) -> None:
     """Moves the files of `aside` into `out`. Until `last` is there too, `out` counts as unfinished."""
     out.mkdir(parents=True, exist_ok=True)
     (out / last).unlink(missing_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == last):
+    for file in sorted(aside.iterdir(), key=lambda file: (file.name == last, file.name)):
         file.replace(out / file.name)
     sync(out)
     aside.rmdir()

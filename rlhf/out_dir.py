@@ -17,8 +17,11 @@ from pathlib import Path
 import torch
 
 from rlhf.config import UserError
-from rlhf.files import check_apart, remove, write_file
-from rlhf.pretrained import read_json
+from rlhf.files import check_apart, fingerprint, identity, remove, write_file
+from rlhf.pretrained import read_json, resolve
+
+INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a script reads
+FUNCTIONS = ("reward_fn", "compare_fn")  # and those that name a function of the user's, file.py:name
 
 
 def script_of(config) -> str:
@@ -69,11 +72,58 @@ def read_about(out: Path) -> dict:
     return about
 
 
+def named_by(config, name: str) -> list[str]:
+    """The paths or ids that an option of INPUTS names: none, one, or several reward models."""
+    value = getattr(config, name, "")
+    return [part for part in (value.split(",") if name == "reward_model" else [value]) if part]
+
+
+def function_files(config) -> dict[str, str]:
+    """{option: its file}."""
+    files = {name: getattr(config, name, "").rpartition(":")[0] for name in FUNCTIONS}
+    return {name: file for name, file in files.items() if file}
+
+
+def inputs_of(config) -> dict[str, dict[str, str]]:
+    """{option: fingerprint of what it names}."""
+    revision = getattr(config, "revision", "main")
+    found = {}
+    for name in INPUTS:
+        values = named_by(config, name)
+        for value in values:
+            path = Path(value) if name == "data_dir" else resolve(value, revision)
+            folder = f"{value}/" if len(values) > 1 else ""
+            files = {folder + file: mark for file, mark in fingerprint(path).items()}
+            found[name] = found.get(name, {}) | files
+    for name, source in function_files(config).items():
+        found[name] = {source: identity(Path(source))}
+    return found
+
+
+def check_inputs(about: dict, config) -> None:
+    """Raises UserError if data or a model is another than when the run began. A function that failed has to
+    be mended: that it is another is only said."""
+    before = about.get("inputs")
+    now = inputs_of(config) if before else {}
+    for name in now:
+        old = before.get(name, {})
+        new = now[name]
+        if other := sorted(file for file in old.keys() | new if old.get(file) != new.get(file)):
+            path = getattr(config, name)
+            if name in FUNCTIONS:
+                print(f"--{name}={path} has changed since the run began: from here on it is the new one's")
+                continue
+            raise UserError(f"--resume of {config.out_dir}: --{name}={path} is not what it was when the run "
+                            f"began ({', '.join(other[:3])}): bring that back, or start anew with "
+                            "--overwrite")
+
+
 def check_out_dir(config, *inputs: str) -> dict:
     """run.json of what lies in --out_dir, {} if that is a new directory. Touches nothing. Raises UserError if
-    it is neither new nor a run of the same script, or if it is an input."""
+    it is neither new nor a run of the same script, or if it is an input: one of INPUTS or of `inputs`."""
     out = Path(config.out_dir)
-    check_apart(config.out_dir, *inputs)
+    read = [path for name in INPUTS for path in named_by(config, name)]
+    check_apart(config.out_dir, *read, *function_files(config).values(), *inputs)
     if config.overwrite and getattr(config, "resume", False):
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if is_new(out):
@@ -164,9 +214,9 @@ def enter(config, about: dict, inputs: dict | None = None) -> None:
         raise UserError(f"{out}: another process has begun a run there: choose another --out_dir")
 
 
-def open_directory(config, *inputs: str, may_change: set[str], go_on: bool = False) -> Path:
-    """For scripts without checkpoints: --out_dir, new, replaced (--overwrite) or, with the same settings, as
-    it was left (--resume, or `go_on`). `inputs` are paths that must not be touched."""
+def check_same(config, *inputs: str, may_change: set[str], go_on: bool = False) -> dict:
+    """check_out_dir for scripts without checkpoints. Raises UserError too unless the directory is new, will
+    be replaced (--overwrite) or, with the same settings, gone on with (--resume, or `go_on`)."""
     out = Path(config.out_dir)
     about = check_out_dir(config, *inputs)
     if about and not config.overwrite:
@@ -175,8 +225,7 @@ def open_directory(config, *inputs: str, may_change: set[str], go_on: bool = Fal
                             "--overwrite it or choose another --out_dir")
         if not (go_on or getattr(config, "resume", False)):
             raise UserError(exists(out, resumable=hasattr(config, "resume")))
-    enter(config, about)
-    return out
+    return about
 
 
 def exists(out: Path, resumable: bool = True) -> str:
