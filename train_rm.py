@@ -36,6 +36,7 @@ from rlhf.data import (
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
+from rlhf.memory import dry_run
 from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 
@@ -74,8 +75,10 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the model
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 NOTES = ("split", "batch", "confidence")  # accuracy is told by each of these that a validation table has
@@ -107,7 +110,9 @@ def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dic
 
 def main(cfg: Config) -> dict:
     check_ranges(cfg)
-    device = setup(cfg.seed, cfg.device)
+    if cfg.dry_run:
+        return dry_run(cfg, {"reward model": cfg.model}, {})
+    device = setup(cfg.seed, cfg.device, cfg.plain)
     read_meta(cfg.data_dir)
     columns = ["query_token", "chosen_token", "rejected_token"]
     train = read_table(cfg.data_dir, "pairs_train", columns, cfg.train_rows)

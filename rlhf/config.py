@@ -226,6 +226,8 @@ def command_line(main, cls: type, epilog: str = "") -> None:
     except (RunError, OSError, SafetensorError, pa.ArrowException, MemoryError) as error:
         stop(f"error: {error or type(error).__name__}", 1)
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            stop(f"error: torch.compile failed ({error}): --plain does without it (slower)", 1)
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         stop("error: out of memory: lower --micro_batch_tokens, --rollout_prompts or --eval_rows; "
