@@ -25,9 +25,11 @@ from data.gold import gold
 from rlhf.common import adamw, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, column_names, read_meta, read_table
+from rlhf.dist import deal, gather, whole
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
+from rlhf.model import NeoX
 from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 from rlhf.summaries import summary_metrics
@@ -71,6 +73,7 @@ class Config:
     compile: bool = False  # torch.compile the model
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 TARGET = "reference_response_token"  # the column that is learnt
@@ -86,7 +89,7 @@ def learnt_part(query: list[int], response: list[int], loss_on: str) -> tuple[li
 
 def main(cfg: Config) -> dict:
     check_ranges(cfg)
-    device = setup(cfg.seed, cfg.device)
+    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
     there = column_names(cfg.data_dir, "sft_train")
     if there and TARGET not in there:
@@ -106,7 +109,7 @@ def main(cfg: Config) -> dict:
 
     model = load_model(
         cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, init=cfg.init, seed=cfg.seed,
-        device=device, dtype=cfg.dtype, compiled=cfg.compile,
+        device=device, dtype=cfg.dtype, compiled=cfg.compile, sharded=True,
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0)]
@@ -123,7 +126,7 @@ def main(cfg: Config) -> dict:
         pairs = [learnt_part(query, response, cfg.loss_on) for query, response in posts]
         return [p for p, _ in pairs], [r for _, r in pairs]
 
-    def batch_loss(prompts: list, responses: list, tokens: int) -> torch.Tensor:
+    def batch_loss(model: NeoX, prompts: list, responses: list, tokens: int) -> torch.Tensor:
         """Sum of -log pi over the tokens of these groups, divided by the tokens of the whole batch."""
         groups = pack(prompts, responses, max_positions=model.config.max_position_embeddings, device=device)
         return summed_nll(model, groups) / tokens
@@ -132,18 +135,22 @@ def main(cfg: Config) -> dict:
     def validation_loss() -> float:
         prompts, responses = groups_of(valid, range(len(valid["query_token"])))
         tokens = sum(len(r[0]) for r in responses)
-        slices = micro_batches(prompts, responses, cfg.micro_batch_tokens)
-        return sum(batch_loss(prompts[s], responses[s], tokens).item() for s in slices)
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        judged = whole(model)
+        parts = [batch_loss(judged, prompts[s], responses[s], tokens).item() for s in slices]
+        return sum(gather(parts, slices))
 
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         prompts, responses = groups_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
         tokens = sum(len(r[0]) for r in responses)
-        loss = 0.0
-        for s in micro_batches(prompts, responses, cfg.micro_batch_tokens):
-            part = batch_loss(prompts[s], responses[s], tokens)
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        parts = []
+        for s in slices:
+            part = batch_loss(model, prompts[s], responses[s], tokens)
             part.backward()
-            loss += part.item()
+            parts.append(part.item())
+        loss = sum(gather(parts, slices))
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
         grad_norm = optimizer_step(model, optimizer, loss, cfg.max_grad_norm, step)

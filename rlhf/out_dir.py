@@ -11,13 +11,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from rlhf.config import UserError
-from rlhf.files import check_apart, remove, write_file
+from rlhf.dist import RANKS, agree, exchange, on_first
+from rlhf.files import check_apart, identity, remove, write_file
 from rlhf.pretrained import read_json
 
 
@@ -37,6 +39,7 @@ def describe(config) -> dict:
         "commit": commit(),
         "torch": torch.__version__,
         "device": device,
+        "ranks": RANKS,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -83,6 +86,28 @@ def check_out_dir(config, *inputs: str) -> dict:
     if script != script_of(config):
         raise UserError(f"{out} is a run of {script}.py: choose another --out_dir")
     return about
+
+
+def check_ranks(config, about: dict, inputs: Callable[[], dict]) -> None:
+    """Raises UserError unless all ranks have the same code, options and inputs and see the same --out_dir."""
+    if RANKS == 1:
+        return
+    root = Path(__file__).parents[1]
+    code = {str(path.relative_to(root)): identity(path) for path in sorted(root.glob("**/*.py"))
+            if not any(part.startswith(".") for part in path.relative_to(root).parts)}
+    agree({"version of the code": code, "command line": asdict(config), "model or data": inputs()})
+    out = Path(config.out_dir)
+    there = out.resolve()
+    while not there.is_dir():
+        there = there.parent
+    probe = on_first(lambda: there / f".{out.name}.{os.getpid()}.probe")
+    on_first(probe.touch)
+    seen = exchange(probe.exists())
+    on_first(probe.unlink)
+    if not all(seen):
+        raise UserError(f"rank {seen.index(False)} does not see {there}, where rank 0 writes: --out_dir has to "
+                        "be on a disk that all ranks share")
+    agree({"run in --out_dir": about})
 
 
 def changes(about: dict, config, may_change: set[str]) -> dict[str, list]:

@@ -9,15 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from rlhf.config import RunError, UserError
+from rlhf.config import UserError
+from rlhf.dist import FIRST, check_prompts, on_first, parameters
 from rlhf.files import checksum, fingerprint, identity, move_in, remove, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
     changes,
     check_out_dir,
+    check_ranks,
     enter,
     exists,
     forget_replaced,
@@ -26,14 +29,23 @@ from rlhf.out_dir import (
     named,
     unlock,
 )
-from rlhf.pretrained import load_weights, read_json, resolve, save_pretrained
+from rlhf.pretrained import (
+    check_found,
+    load_tensors,
+    load_weights,
+    read_json,
+    resolve,
+    save_pretrained,
+    save_tensors,
+    weight_files,
+)
 from rlhf.trackers import Trackers
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
     "out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile",
-    "gradient_checkpointing", "samples_every", "wandb", "tensorboard",
+    "gradient_checkpointing", "samples_every", "wandb", "tensorboard", "rank_timeout", "rollout_prompts",
 }
-OTHER_SAMPLES = {"rollout_prompts", "eval_rows"}  # may change too, and that is said and written down
+OTHER_SAMPLES = {"eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
 INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a run reads
 
@@ -43,18 +55,16 @@ def finite(record: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def save_state(state: dict, path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path}: cannot be written ({reason}); is the disk full?") from error
+LAST_TO_GO = "optimizer.safetensors*"  # the file or the index of its shards
 
 
 def resumable(out: Path) -> list[Path]:
     """Checkpoints with the optimizer's state, the newest first."""
     found = sorted((out / "ckpt").glob("step_*"), reverse=True)
-    return [path for path in found if (path / "trainer.pt").exists()]
+    if old := [path for path in found if (path / "trainer.pt").exists()]:
+        raise UserError(f"{old[0]} is of an earlier version: its optimizer state (trainer.pt) is not read any "
+                        f"more; begin a new run with --model={old[0]}")
+    return [path for path in found if any(path.glob(LAST_TO_GO))]
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -89,6 +99,8 @@ class Run:
         self.changed = {}  # settings that are others than at the start of a resumed run
         names = [getattr(config, name, "") for name in INPUTS]
         self.about = check_out_dir(config, *names)
+        check_prompts(config.batch_size // getattr(config, "k", 1))
+        check_ranks(config, self.about, self.inputs)
         self.finished = False
         if self.about and not config.overwrite:
             if not config.resume:
@@ -107,7 +119,7 @@ class Run:
         longer = any(map(self.longer, self.changed))
         self.finished = (self.out / "result.json").exists() and not longer
         if not self.finished:
-            lock(self.out)
+            on_first(lambda: lock(self.out))
             self.check_inputs()
 
     def longer(self, key: str) -> bool:
@@ -148,13 +160,14 @@ class Run:
     ) -> int:
         """Now that data and models are known to be good, touches the directory: sets aside what is there
         (--overwrite) or restores its newest checkpoint (--resume). Returns the step to go on from."""
-        enter(self.config, self.about, self.inputs())
+        inputs = self.inputs()
+        on_first(lambda: enter(self.config, self.about, inputs))
         if not self.config.resume:
             return 0
         logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
         checkpoints = resumable(self.out)
         if not checkpoints:
-            for log in logs:  # of an attempt that ended before its first checkpoint
+            for log in logs if FIRST else []:  # of an attempt that ended before its first checkpoint
                 log.unlink(missing_ok=True)
             print(f"{self.out}: no checkpoint to resume, starting at step 0")
         else:
@@ -164,15 +177,20 @@ class Run:
             print(f"resuming {self.out} at step {self.start} of {self.steps}")
         for log in filter(Path.exists, logs):  # lines after the checkpoint will be written again
             lines = read_lines(log, self.start)
-            write_file(log, "".join(line + "\n" for line in lines))
+            if FIRST:
+                write_file(log, "".join(line + "\n" for line in lines))
             if lines and log == logs[0]:
                 self.last = json.loads(lines[-1])
+        if FIRST:
+            self.tidy()
+        return self.start
+
+    def tidy(self) -> None:
         if self.changed:
             self.note_changes()
         (self.out / "result.json").unlink(missing_ok=True)  # of a run that is made longer
         if has_shown(self.out):
             forget_replaced(self.out)  # a kill came between
-        return self.start
 
     def note_changes(self) -> None:
         """Into run.json, and on the screen where they change numbers."""
@@ -184,13 +202,15 @@ class Run:
 
     def log(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
         """Appends one line to metrics.jsonl; `show` names what the progress bar tells."""
+        self.last = {"step": step, **finite(metrics)}
+        if not FIRST:
+            return
         if self.bar is None:
             live = sys.stderr.isatty()
             self.bar = tqdm(
                 total=self.steps, initial=self.start, desc=str(self.out), mininterval=0.5 if live else 15,
                 dynamic_ncols=live,
             )
-        self.last = {"step": step, **finite(metrics)}
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.last) + "\n")
         self.track(step, finite(metrics))
@@ -204,30 +224,36 @@ class Run:
         self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
         generator: torch.Generator | None = None, critic: NeoX | None = None,
     ) -> None:
-        """Every --save_every steps: ckpt/step_N, a Hugging Face directory, trainer.pt and checksums.json.
+        """Every --save_every steps: ckpt/step_N, a Hugging Face directory, optimizer.safetensors (also sharded)
+        and checksums.json: the same files, however many ranks wrote them.
 
         Old ones go first (--keep), so that the disk holds no more than keep, or two. The newest two can be
-        resumed: trainer.pt is two thirds of the bytes.
+        resumed: the optimizer's state is two thirds of the bytes.
         """
         if not self.config.save_every or step % self.config.save_every:
             return
         folder = self.out / "ckpt"
         aside = folder / "writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        kept = sorted(folder.glob("step_*"))
-        for old in kept[: -max(1, self.config.keep - 1)] if self.config.keep else []:
-            remove(old)
+        if FIRST:
+            shutil.rmtree(aside, ignore_errors=True)
+            kept = sorted(folder.glob("step_*"))
+            for old in kept[: -max(1, self.config.keep - 1)] if self.config.keep else []:
+                remove(old)
         save_pretrained(model, tokenizer, aside)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state = state_tensors(model, optimizer, critic)
+        state |= {"step": torch.tensor([step]), "rng": torch.get_rng_state()}
         if generator is not None:
             state["generator"] = generator.get_state()
-        if critic is not None:
-            state["critic"] = critic.state_dict()
-        save_state(state, aside / "trainer.pt")
+        save_tensors(state, aside, "optimizer")
+        if FIRST:
+            self.move_in(aside, folder / f"step_{step:08d}")
+
+    def move_in(self, aside: Path, final: Path) -> None:
+        """A checkpoint is whole before it has its name."""
+        folder = final.parent
         sums = {file.name: checksum(file) for file in sorted(aside.iterdir())}
         (aside / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n")
         sync(self.out / "metrics.jsonl", *aside.iterdir(), aside)
-        final = folder / f"step_{step:08d}"
         if final.exists():
             remove(final)
         aside.rename(final)
@@ -236,7 +262,8 @@ class Run:
         for old in kept[: -self.config.keep] if self.config.keep else []:
             remove(old)
         for old in kept[:-2]:
-            (old / "trainer.pt").unlink(missing_ok=True)
+            for file in (*old.glob(LAST_TO_GO), *old.glob("optimizer-*")):
+                file.unlink(missing_ok=True)
         forget_replaced(self.out)
 
     def finish(self, model: NeoX, tokenizer: Tokenizer, result: dict) -> dict:
@@ -244,15 +271,17 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         aside = self.out / "writing"
-        shutil.rmtree(aside, ignore_errors=True)
+        if FIRST:
+            shutil.rmtree(aside, ignore_errors=True)
         save_pretrained(model, tokenizer, aside)
-        sync(*aside.iterdir())
-        move_in(aside, self.out, last="config.json")  # a directory without it is not a model
         seconds = round(time.time() - self.began, 1)
         result = {**finite(result), "out_dir": str(self.out), "seconds": seconds}
-        write_file(self.out / "result.json", json.dumps(result) + "\n")
-        forget_replaced(self.out)
-        unlock(self.out)
+        if FIRST:
+            sync(*aside.iterdir())
+            move_in(aside, self.out, last="config.json")  # a directory without it is not a model
+            write_file(self.out / "result.json", json.dumps(result) + "\n")
+            forget_replaced(self.out)
+            unlock(self.out)
         print(json.dumps(result))
         return result
 
@@ -283,31 +312,49 @@ def restore(
     """Loads the newest checkpoint; returns its step."""
     newest = checkpoints[0]
     try:
-        check_whole(newest)
+        on_first(lambda: check_whole(newest))
         load_weights(model, newest)
-        state = load_state(newest / "trainer.pt", optimizer, critic)
+        state = load_state(newest, model, optimizer, critic)
     except UserError as error:
         advice = "it was the only one: start anew with --overwrite"
         if len(checkpoints) > 1:
             advice = f"remove {newest} to go on from {checkpoints[1].name}"
         raise UserError(f"{error}; {advice}") from error
+    torch.set_rng_state(state["rng"])
     if generator is not None:
         try:
             generator.set_state(state["generator"])
-        except (RuntimeError, TypeError) as error:  # a CPU's and a GPU's generators have nothing in common
+        except (RuntimeError, KeyError) as error:  # a CPU's and a GPU's generators have nothing in common
             raise UserError(f"{newest} was written on another kind of device: its samples cannot be "
                             f"continued on {generator.device}") from error
-    return state["step"]
+    return int(state["step"])
 
 
-def load_state(path: Path, optimizer: torch.optim.Optimizer, critic: NeoX | None) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        if critic is not None:
-            critic.load_state_dict(state["critic"])
-        torch.set_rng_state(state["rng"])
-        return {"step": int(state["step"]), "generator": state.get("generator")}
-    except Exception as error:  # torch raises whatever zip, pickle and a foreign content raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not readable ({reason})") from error
+def state_tensors(
+    model: NeoX, optimizer: torch.optim.Optimizer, critic: NeoX | None,
+) -> dict[str, torch.Tensor]:
+    """What optimizer.safetensors holds: Adam's state, named by the parameters, and the critic's weights."""
+    learnt = parameters(model)
+    weights = {f"critic.{name}": weight for name, weight in parameters(critic).items()} if critic else {}
+    out = dict(weights)
+    for name, parameter in (learnt | weights).items():
+        for key, value in optimizer.state[parameter].items():
+            out[f"{key}.{name}"] = value.view(1) if value.dim() == 0 else value  # Adam's count of steps
+    return out
+
+
+def load_state(
+    checkpoint: Path, model: NeoX, optimizer: torch.optim.Optimizer, critic: NeoX | None,
+) -> dict[str, torch.Tensor]:
+    """Fills what `state_tensors` names; returns the rest: step, rng and, where samples are drawn, generator."""
+    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    files = weight_files(checkpoint, "optimizer")
+    missing, others = load_tensors(state_tensors(model, optimizer, critic), files)
+    check_found(checkpoint, missing | ({"step", "rng"} - others.keys()))
+    rest = {}
+    for key, file in others.items():
+        with safe_open(file, "pt") as tensors:
+            rest[key] = tensors.get_tensor(key)
+    return rest
