@@ -30,6 +30,7 @@ from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
+from rlhf.dist import deal, gather, whole
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -99,6 +100,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 def check(cfg: Config) -> None:
@@ -124,7 +126,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, reference and, unless there is a --reward_fn, the reward model."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     if cfg.reward_model:
@@ -216,7 +218,7 @@ def update_metrics(passes: list[dict[str, float]]) -> dict[str, float]:
 
 def main(cfg: Config) -> dict:
     check(cfg)
-    device = setup(cfg.seed, cfg.device)
+    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
     coefficients = parse_reward(cfg.reward)
     N = cfg.batch_size // cfg.k  # prompts per update
     meta = read_meta(cfg.data_dir)
@@ -262,7 +264,7 @@ def main(cfg: Config) -> dict:
         )
         ended = ended.to(device)  # (N, K)
         references = [data["references"][i] for i in rows]
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("rollout")
 
         # The policy that scores is the one that sampled: its scoring forward is the first learning forward.
@@ -290,6 +292,7 @@ def main(cfg: Config) -> dict:
             timer.lap("scoring")
             learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask))
             timer.lap("update")
+        scored = gather(scored, slices)
         batch = {key: torch.cat([part[key] for part in scored]) for key in scored[0]}  # (N, K, ...)
         old_logprobs, mask = batch["old_logprobs"], batch["mask"]
 
@@ -302,7 +305,7 @@ def main(cfg: Config) -> dict:
                     groups = pack_rows(prompts[s], responses[s])
                     logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
                     learnt.append(learn(logprobs, old_logprobs[s], batch["advantages"][s], mask[s]))
-            means = sequence_means(learnt)
+            means = sequence_means(gather(learnt, slices))
             means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
             passes.append(means)
         timer.lap("update")
@@ -310,11 +313,14 @@ def main(cfg: Config) -> dict:
         # 5. how far did the update go? log-probs of a quarter of the rollout under the new weights
         quarter = slice(max(1, N // 4))
         some_prompts, some_responses = prompts[quarter], responses[quarter]
+        own = deal(micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens))
+        updated = whole(policy)
         with torch.no_grad():
-            moved = torch.cat([
-                token_stats(policy, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
-                for s in micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens)
-            ])  # (N / 4, K, R)
+            moved = [
+                token_stats(updated, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
+                for s in own
+            ]
+        moved = torch.cat(gather(moved, own))  # (N / 4, K, R)
         timer.lap("drift")
 
         metrics = {

@@ -27,6 +27,7 @@ from data.gold import gold
 from rlhf.common import adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
+from rlhf.dist import gather, whole
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import pack
@@ -102,6 +103,7 @@ class Config:
     compile: bool = False  # torch.compile the models
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 def with_options(cfg: Config) -> tuple[Config, dict[str, float]]:
@@ -154,7 +156,7 @@ def main(cfg: Config) -> dict:
     loss_fn = PREFERENCE_LOSSES[cfg.loss]
     reads = extras(loss_fn)  # what it reads beside log-probs
     table = "rankings_train" if cfg.loss in RANKED else "pairs_train"
-    device = setup(cfg.seed, cfg.device)
+    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
     meta = read_meta(cfg.data_dir)
     train = read_preferences(cfg.data_dir, table, cfg.loss, reads, cfg.train_rows)
     valid = read_preferences(cfg.data_dir, "pairs_validation", cfg.loss, reads, cfg.eval_rows)
@@ -173,7 +175,7 @@ def main(cfg: Config) -> dict:
 
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     policy = load(cfg.model)
     reference = frozen(load(cfg.ref_model or cfg.model)) if needs_reference(loss_fn) else None
@@ -184,6 +186,7 @@ def main(cfg: Config) -> dict:
         ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
         *([("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []),
     )
+    models = [policy, reference]
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     pack_rows = partial(pack, max_positions=context, device=device)
@@ -192,8 +195,9 @@ def main(cfg: Config) -> dict:
     print(f"{rows} rows, {total} updates of {cfg.batch_size}; {cfg.loss} {options} lr {cfg.lr}; "
           f"{parameters / 1e6:.2f}M parameters on {device}")
 
-    def batch_loss(batch: Batch, top_k: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(models: list, batch: Batch, top_k: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (n,) of a micro-batch, and what is logged of each, (n,)."""
+        policy, reference = models
         groups = pack_rows(batch["prompts"], batch["responses"])
         mask = groups.response_mask  # (n, K, R)
         stats = token_stats(policy, groups, mean_logits=True, top_k=top_k)  # (n, K, R) each
@@ -204,7 +208,7 @@ def main(cfg: Config) -> dict:
         losses, rewards = loss_fn(stats.logprobs, ref_logprobs, mask, **options, **extra)  # (n,), (n, K)
         return losses, pair_metrics(losses, rewards, stats, ref_logprobs, mask)
 
-    def batch_extras(batch: Batch, split: str, step: int) -> Batch:
+    def batch_extras(models: list, batch: Batch, split: str, step: int) -> Batch:
         """A whole batch with what the loss reads that is no column of its table."""
         batch = dict(batch)
         n = len(batch["prompts"])
@@ -217,11 +221,13 @@ def main(cfg: Config) -> dict:
         if "target_margins" in reads:  # the margin of a pair depends on the whole batch: one more forward
             slices = slices_of(batch, cfg.micro_batch_tokens)
             with torch.no_grad():
-                gaps = torch.cat([batch_loss(part, 0)[1]["margins"] for part in slices])  # (N,)
+                parts = [batch_loss(models, rows_of(batch, s), 0)[1]["margins"] for s in slices]
+            gaps = torch.cat(gather(parts, slices))  # (N,)
             batch["target_margins"] = dynamic_margins(gaps, options["gamma"], options["tau"])
         return batch
 
-    def means(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    def means(parts: list[dict[str, Tensor]], slices: list[slice]) -> dict[str, float]:
+        parts = gather(parts, slices)
         return {key: torch.cat([part[key] for part in parts]).mean().item() for key in parts[0]}
 
     # CRINGE reads the best tokens of every position; of validation pairs their mass and entropy are logged
@@ -229,19 +235,24 @@ def main(cfg: Config) -> dict:
 
     @torch.no_grad()
     def evaluate() -> dict:
-        parts = slices_of(batch_extras(valid, "validation", 0), cfg.micro_batch_tokens)
-        found = means([batch_loss(part, max(TOP_K, top_k))[1] for part in parts])
+        judged = [whole(policy), reference and whole(reference)]
+        batch = batch_extras(judged, valid, "validation", 0)
+        slices = slices_of(batch, cfg.micro_batch_tokens)
+        parts = [batch_loss(judged, rows_of(batch, s), max(TOP_K, top_k))[1] for s in slices]
+        found = means(parts, slices)
         return {f"eval/{key}": value for key, value in found.items()}
 
     for step in range(out.begin(policy, optimizer), total):
         began = time.time()
         batch = rows_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
+        batch = batch_extras(models, batch, "train", step)
+        slices = slices_of(batch, cfg.micro_batch_tokens)
         parts = []
-        for part in slices_of(batch_extras(batch, "train", step), cfg.micro_batch_tokens):
-            losses, logged = batch_loss(part, top_k)
+        for s in slices:
+            losses, logged = batch_loss(models, rows_of(batch, s), top_k)
             (losses.sum() / cfg.batch_size).backward()
             parts.append(logged)
-        metrics = means(parts)
+        metrics = means(parts, slices)
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
         metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["loss"], cfg.max_grad_norm, step)

@@ -105,8 +105,8 @@ def check_ranks(config, about: dict, inputs: Callable[[], dict]) -> None:
     seen = exchange(probe.exists())
     on_first(probe.unlink)
     if not all(seen):
-        raise UserError(f"rank {seen.index(False)} does not see {there}, where rank 0 writes: --out_dir has to "
-                        "be on a disk that all ranks share")
+        raise UserError(f"rank {seen.index(False)} does not see {there}, where rank 0 writes: --out_dir has "
+                        "to be on a disk that all ranks share")
     agree({"run in --out_dir": about})
 
 

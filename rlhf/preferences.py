@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.data import check_tables, has_column, read_table
+from rlhf.dist import deal
 from rlhf.forward import TokenStats, token_stats
 from rlhf.groups import Groups, micro_batches
 from rlhf.masked import masked_mean, seq_logprobs
@@ -80,9 +81,9 @@ def rows_of(batch: Batch, rows: list[int] | slice) -> Batch:
     return {key: [values[i] for i in rows] for key, values in batch.items()}
 
 
-def slices_of(batch: Batch, tokens: int) -> list[Batch]:
-    """Micro-batches of at most this many tokens."""
-    return [rows_of(batch, s) for s in micro_batches(batch["prompts"], batch["responses"], tokens)]
+def slices_of(batch: Batch, tokens: int) -> list[slice]:
+    """This rank's micro-batches of at most this many tokens."""
+    return deal(micro_batches(batch["prompts"], batch["responses"], tokens))
 
 
 # --- what models compute

@@ -62,8 +62,8 @@ def resumable(out: Path) -> list[Path]:
     """Checkpoints with the optimizer's state, the newest first."""
     found = sorted((out / "ckpt").glob("step_*"), reverse=True)
     if old := [path for path in found if (path / "trainer.pt").exists()]:
-        raise UserError(f"{old[0]} is of an earlier version: its optimizer state (trainer.pt) is not read any "
-                        f"more; begin a new run with --model={old[0]}")
+        raise UserError(f"{old[0]} is of an earlier version: its optimizer state (trainer.pt) is not read "
+                        f"any more; begin a new run with --model={old[0]}")
     return [path for path in found if any(path.glob(LAST_TO_GO))]
 
 
@@ -224,8 +224,8 @@ class Run:
         self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
         generator: torch.Generator | None = None, critic: NeoX | None = None,
     ) -> None:
-        """Every --save_every steps: ckpt/step_N, a Hugging Face directory, optimizer.safetensors (also sharded)
-        and checksums.json: the same files, however many ranks wrote them.
+        """Every --save_every steps: ckpt/step_N, a Hugging Face directory, optimizer.safetensors (one file or
+        shards) and checksums.json: the same files, however many ranks wrote them.
 
         Old ones go first (--keep), so that the disk holds no more than keep, or two. The newest two can be
         resumed: the optimizer's state is two thirds of the bytes.
@@ -346,7 +346,7 @@ def state_tensors(
 def load_state(
     checkpoint: Path, model: NeoX, optimizer: torch.optim.Optimizer, critic: NeoX | None,
 ) -> dict[str, torch.Tensor]:
-    """Fills what `state_tensors` names; returns the rest: step, rng and, where samples are drawn, generator."""
+    """Fills what `state_tensors` names; returns the rest: step, rng and, where there is one, generator."""
     for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
