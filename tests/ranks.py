@@ -1,0 +1,83 @@
+"""One rank of a test: `torchrun tests/ranks.py JOBS.json` runs scripts' `main`, one after the other, in one
+group of ranks, so that torch starts once. A job may break something first, for the twin of a test."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import rlhf.generate
+import rlhf.run
+from rlhf import dist
+from rlhf.config import UserError
+
+SCRIPTS = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
+torch.set_num_threads(1)
+
+generate, gather, shard, load_state = rlhf.generate.generate, dist.gather, dist.shard, rlhf.run.load_state
+
+
+def noise_per_rank(*args, noise=None, **options):
+    return generate(*args, noise=noise if noise is None else (noise + dist.RANK / 3) % 1, **options)
+
+
+def mean_of_gradients(model) -> None:
+    shard(model)
+    for unit in dist.units(model):
+        unit.set_gradient_divide_factor(float(dist.RANKS))
+
+
+def moments_lost(checkpoint, model, optimizer, critic) -> dict:
+    rest = load_state(checkpoint, model, optimizer, critic)
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+    return rest
+
+
+BROKEN = {
+    "": {},
+    "noise_per_rank": {"generate": noise_per_rank},
+    "mean_of_gradients": {"shard": mean_of_gradients},
+    "norms_not_summed": {"sum_gradients": lambda parameters: None},
+    "wrong_order": {"gather": lambda parts, slices: gather(parts, slices)[::-1]},
+    "moments_lost": {"load_state": moments_lost},
+    "uneven_deal": {"deal": lambda slices: list(slices)[dist.RANK :: dist.RANKS]},
+}
+
+
+def put(functions: dict) -> dict:
+    """These functions under these names in every module that has the name; those that were there."""
+    before = {}
+    for key, module in list(sys.modules.items()):
+        if key.split(".")[0] in ("rlhf", *SCRIPTS):
+            for name, function in functions.items():
+                if hasattr(module, name):
+                    before[name] = getattr(module, name)
+                    setattr(module, name, function)
+    return before
+
+
+def main() -> None:
+    dist.hush()
+    for name in SCRIPTS:
+        import_module(name)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        before = put(BROKEN[job["broken"]])
+        script = import_module(job["script"])
+        out = Path(job["config"]["out_dir"])
+        try:
+            returned = script.main(script.Config(**job["config"]))
+        except UserError as error:
+            returned = {"error": str(error)}
+        if dist.FIRST and out.is_dir():
+            (out / "returned.json").write_text(json.dumps(returned))
+        put(before)
+    dist.leave()
+
+
+if __name__ == "__main__":
+    main()

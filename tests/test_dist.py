@@ -1,0 +1,168 @@
+"""Two and three ranks (gloo) against one process: the same samples, logs and weights.
+
+AdamW's epsilon is 1 here (tiny.base): a step is lr x gradient, so a wrong gradient is a wrong weight.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import apart, base, distance, log, measured, weights
+
+import train_rloo
+import train_rm
+import train_sft
+import train_simpo
+
+HERE = Path(__file__).parent
+CLOSE = 1e-5  # of weights
+LONG = {"micro_batch_tokens": 1}  # every prompt alone: 3 on 2 ranks, 5 on 3
+
+# name -> script, options. Batches of 3, 5 and 6 prompts: 2 and 3 ranks do not always divide them.
+RUNS = {
+    "sft": (train_sft, dict(batch_size=6, save_every=2, max_grad_norm=1.0)),
+    "sft_alone": (train_sft, dict(batch_size=5, **LONG)),
+    "rm": (train_rm, dict(center=True)),
+    "dpo": (train_simpo, dict(gradient_checkpointing=True)),
+    "vpo": (train_simpo, dict(loss="vpo", beta=None)),
+    "rloo": (train_rloo, dict(batch_size=10, episodes=30, save_every=1)),
+    "rloo_clipped": (train_rloo, dict(
+        batch_size=6, episodes=12, max_grad_norm=0.5, gradient_checkpointing=True, rollout_prompts=1, **LONG
+    )),
+    "bf16": (train_sft, dict(batch_size=6, dtype="bfloat16", **LONG)),
+}
+BROKEN = {  # what is broken: the run that has to differ then
+    "mean_of_gradients": "dpo", "norms_not_summed": "dpo", "noise_per_rank": "rloo", "wrong_order": "rloo",
+}
+
+
+def options(tiny, name: str, out: Path, **changes) -> dict:
+    script, own = RUNS[name]
+    merged = base(script) | own | changes | {"out_dir": str(out)}
+    merged = {k: v.format(world=tiny.root) if isinstance(v, str) else v for k, v in merged.items()}
+    return {k: v for k, v in merged.items() if v is not None}
+
+
+def job(tiny, name: str, out: Path, broken: str = "", **changes) -> dict:
+    script = RUNS[name][0].__name__
+    return {"script": script, "config": options(tiny, name, out, **changes), "broken": broken}
+
+
+def torchrun(ranks: int, *command: str, **how) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return subprocess.run(
+        [*line, *command], cwd=HERE.parent, env=environment, capture_output=True, text=True, **how
+    )
+
+
+def run_jobs(ranks: int, jobs: list[dict], file: Path) -> None:
+    file.write_text(json.dumps(jobs))
+    done = torchrun(ranks, str(HERE / "ranks.py"), str(file), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def cut(run: Path, copy: Path, step: int) -> Path:
+    """The run as a kill after this step's checkpoint left it."""
+    shutil.copytree(run, copy)
+    for path in copy.iterdir():
+        if path.is_file() and path.name not in ("run.json", "metrics.jsonl", "samples.jsonl"):
+            path.unlink()
+    for folder in (copy / "ckpt").iterdir():
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def one(tiny) -> dict[str, Path]:
+    """Every run in one process."""
+    out = {}
+    for name, (script, _) in RUNS.items():
+        out[name] = tiny.root / f"one_{name}"
+        result = script.main(script.Config(**options(tiny, name, out[name])))
+        (out[name] / "returned.json").write_text(json.dumps(result))
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny, one) -> dict[tuple[str, int], Path]:
+    """Every run on 2 and on 3 ranks, resumed ones and broken ones."""
+    out = {}
+    for ranks in (2, 3):
+        jobs = []
+        for name in RUNS:
+            out[name, ranks] = tiny.root / f"{name}_{ranks}"
+            jobs.append(job(tiny, name, out[name, ranks]))
+        for name in ("sft", "rloo"):
+            before = one[name] if ranks == 2 else out[name, 2]  # 1 -> 2 and 2 -> 3 ranks
+            folder = out[f"{name} resumed", ranks] = tiny.root / f"{name}_resumed_{ranks}"
+            jobs.append(job(tiny, name, cut(before, folder, 2), resume=True))
+        for broken, name in BROKEN.items() if ranks == 2 else []:
+            out[broken, 2] = tiny.root / broken
+            jobs.append(job(tiny, name, out[broken, 2], broken))
+        if ranks == 2:
+            folder = out["moments_lost", 2] = tiny.root / "moments_lost"
+            jobs.append(job(tiny, "sft", cut(one["sft"], folder, 2), "moments_lost", resume=True))
+        run_jobs(ranks, jobs, tiny.root / f"jobs_{ranks}.json")
+    return out
+
+
+def moved(tiny, name: str, run: Path) -> float:
+    start = weights(tiny.root / "policy")
+    end = weights(run)
+    shared = start.keys() & end.keys()
+    return apart({k: start[k] for k in shared}, {k: end[k] for k in shared})
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", RUNS)
+def test_any_number_of_ranks_makes_the_same_run(tiny, one, ranked, name, ranks):
+    run = ranked[name, ranks]
+    assert moved(tiny, name, one[name]) > 1e-3
+    assert distance(run, one[name]) < CLOSE
+    ours, theirs = measured(run), measured(one[name])
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        close = 1e-3 * max(1.0, abs(value)) if key.endswith("grad_norm") else 1e-4 * max(1.0, abs(value))
+        assert abs(ours[key] - value) < close, key
+    assert json.loads((run / "run.json").read_text())["ranks"] == ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_samples_do_not_depend_on_ranks_or_on_rollout_prompts(tiny, one, ranked, ranks):
+    for name in ("rloo", "rloo_clipped"):
+        texts = [
+            [r["text"] for line in (run / "samples.jsonl").read_text().splitlines()
+             for r in json.loads(line)["responses"]]
+            for run in (one[name], ranked[name, ranks])
+        ]
+        assert texts[0] == texts[1] and len(set(texts[0])) > 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", ["sft", "rloo"])
+def test_a_run_goes_on_with_another_number_of_ranks(one, ranked, name, ranks):
+    run = ranked[f"{name} resumed", ranks]
+    assert distance(run, one[name]) < CLOSE
+    assert [line["step"] for line in log(run)] == [line["step"] for line in log(one[name])]
+
+
+def test_a_checkpoint_has_the_same_files_and_numbers_whoever_wrote_it(one, ranked):
+    folders = [run / "ckpt/step_00000002" for run in (one["sft"], ranked["sft", 2], ranked["sft", 3])]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1] == names[2] and "optimizer.safetensors" in names[0]
+    states = [load_file(folder / "optimizer.safetensors") for folder in folders]
+    for state in states[1:]:
+        assert apart(state, states[0]) < CLOSE
+    assert max(v.abs().max() for k, v in states[0].items() if k.startswith("exp_avg.")) > 1e-3
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, "moments_lost"])
+def test_twin(one, ranked, broken):
+    assert distance(ranked[broken, 2], one[BROKEN.get(broken, "sft")]) > 10 * CLOSE
