@@ -82,7 +82,8 @@ def token_stats(
         stats.top_logprobs = torch.stack([groups.unpack(column) for column in best.unbind(1)], -1)
         stats.top_is_token = torch.stack([groups.unpack(column) for column in own.unbind(1)], -1)
     if mean_logits:  # mean_v (h . w_v) = h . mean_v w_v
-        stats.mean_logits = groups.unpack(hidden.detach().float() @ head.detach().mean(0, dtype=torch.float32))
+        mean_head = head.detach().mean(0, dtype=torch.float32)  # (C,)
+        stats.mean_logits = groups.unpack(hidden.detach().float() @ mean_head)
     return stats
 
 

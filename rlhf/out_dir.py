@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from rlhf.config import UserError
-from rlhf.dist import RANKS, agree, exchange, on_first
+from rlhf.dist import RANKS, agree, check_prompts, exchange, on_first
 from rlhf.files import check_apart, identity, remove, write_file
 from rlhf.pretrained import read_json
 
@@ -92,6 +92,7 @@ def check_ranks(config, about: dict, inputs: Callable[[], dict]) -> None:
     """Raises UserError unless all ranks have the same code, options and inputs and see the same --out_dir."""
     if RANKS == 1:
         return
+    check_prompts(config.batch_size // getattr(config, "k", 1))
     root = Path(__file__).parents[1]
     code = {str(path.relative_to(root)): identity(path) for path in sorted(root.glob("**/*.py"))
             if not any(part.startswith(".") for part in path.relative_to(root).parts)}

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from rlhf.config import UserError
-from rlhf.dist import FIRST, check_prompts, on_first, parameters
+from rlhf.dist import FIRST, on_first, parameters
 from rlhf.files import checksum, fingerprint, identity, move_in, remove, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
@@ -99,7 +99,6 @@ class Run:
         self.changed = {}  # settings that are others than at the start of a resumed run
         names = [getattr(config, name, "") for name in INPUTS]
         self.about = check_out_dir(config, *names)
-        check_prompts(config.batch_size // getattr(config, "k", 1))
         check_ranks(config, self.about, self.inputs)
         self.finished = False
         if self.about and not config.overwrite:
@@ -320,7 +319,6 @@ def restore(
         if len(checkpoints) > 1:
             advice = f"remove {newest} to go on from {checkpoints[1].name}"
         raise UserError(f"{error}; {advice}") from error
-    torch.set_rng_state(state["rng"])
     if generator is not None:
         try:
             generator.set_state(state["generator"])
@@ -346,7 +344,7 @@ def state_tensors(
 def load_state(
     checkpoint: Path, model: NeoX, optimizer: torch.optim.Optimizer, critic: NeoX | None,
 ) -> dict[str, torch.Tensor]:
-    """Fills what `state_tensors` names; returns the rest: step, rng and, where there is one, generator."""
+    """Fills what `state_tensors` names and sets torch's generator; returns the rest, the step among it."""
     for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
@@ -357,4 +355,9 @@ def load_state(
     for key, file in others.items():
         with safe_open(file, "pt") as tensors:
             rest[key] = tensors.get_tensor(key)
+    try:
+        torch.set_rng_state(rest["rng"])
+        int(rest["step"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{files[0]}: not readable ({error})") from error
     return rest

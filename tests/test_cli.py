@@ -403,7 +403,7 @@ def test_checkpoints_that_stay(keep, expected, cfg):
     assert folders(cfg) == [f"step_{step:08d}" for step in expected]  # and no folder half-written
     for step in expected:
         folder = out(cfg) / "ckpt" / f"step_{step:08d}"
-        assert (folder / "trainer.pt").exists() == (step >= 4)  # the newest two can be resumed
+        assert (folder / "optimizer.safetensors").exists() == (step >= 4)  # the newest two can be resumed
         from_pretrained(str(folder))
 
 
@@ -421,11 +421,19 @@ def test_resumed_equals_uninterrupted(cfg, tmp_path):
     assert folders(cfg)[-1] == "step_00000008" and "writing" not in folders(cfg)
 
 
-def test_unreadable_trainer_state(cfg):
+def test_unreadable_optimizer_state(cfg):
     train(cfg, 4)
-    state = out(cfg) / "ckpt" / "step_00000004" / "trainer.pt"
+    state = out(cfg) / "ckpt" / "step_00000004" / "optimizer.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(UserError, match="step_00000004/trainer.pt: damaged .* to go on from step_00000002"):
+    with pytest.raises(UserError, match="4/optimizer.safetensors: damaged .* to go on from step_00000002"):
+        train(replace(cfg, resume=True), 8)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told_in_one_line(cfg):
+    train(cfg, 4)
+    folder = out(cfg) / "ckpt" / "step_00000004"
+    (folder / "optimizer.safetensors").rename(folder / "trainer.pt")
+    with pytest.raises(UserError, match="trainer.pt.* begin a new run with --model=.*step_00000004"):
         train(replace(cfg, resume=True), 8)
 
 

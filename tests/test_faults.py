@@ -351,7 +351,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_one_before_resumed(world
     run = unfinished(world, script, tmp_path)
     newest, older = sorted((run / "ckpt").iterdir(), reverse=True)
     files = sorted(path for path in newest.iterdir())
-    assert {"model.safetensors", "trainer.pt", "checksums.json"} <= {path.name for path in files}
+    assert {"model.safetensors", "optimizer.safetensors", "checksums.json"} <= {path.name for path in files}
     for file in files:
         for place in (0.1, 0.5, 0.9):
             flip(file, place)
@@ -366,8 +366,8 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_one_before_resumed(world
 def test_advice_where_no_other_checkpoint_is_left(world, tmp_path):
     run = unfinished(world, train_sft, tmp_path)
     newest, older = sorted((run / "ckpt").iterdir(), reverse=True)
-    (older / "trainer.pt").unlink()
-    flip(newest / "trainer.pt", 0.5)
+    (older / "optimizer.safetensors").unlink()
+    flip(newest / "optimizer.safetensors", 0.5)
     with pytest.raises(UserError, match="damaged .* it was the only one: start anew with --overwrite"):
         train_sft.main(config(world, train_sft, run, resume=True))
 
@@ -728,7 +728,7 @@ def test_damaged_runs_and_checkpoints(world, tmp_path, capsys, monkeypatch, scri
     cfg = config(world, script, run, resume=True)
     for file, without_sums in [
         (run / "run.json", False),
-        (newest / "trainer.pt", True),
+        (newest / "optimizer.safetensors", True),
         (newest / "model.safetensors", True),
         (newest / "checksums.json", False),
     ]:
@@ -746,16 +746,15 @@ def test_damaged_runs_and_checkpoints(world, tmp_path, capsys, monkeypatch, scri
             assert faults.state_of(run) == before
         file.write_bytes(whole)
         (newest / "checksums.json").write_bytes(sums)
-    for state in (
-        {},
-        {"optimizer": 3, "rng": 3, "step": "x"},
-        [1],
-        {"optimizer": {}, "rng": torch.zeros(3), "step": 1},
-    ):
+    whole = load_file(newest / "optimizer.safetensors")
+    moment = next(name for name in whole if name.startswith("exp_avg."))
+    bad = torch.zeros(3)
+    for changed in ({"rng": bad}, {"step": bad}, {moment: bad}, {moment: None}):
         (newest / "checksums.json").unlink(missing_ok=True)
-        torch.save(state, newest / "trainer.pt")
+        state = {name: tensor for name, tensor in (whole | changed).items() if tensor is not None}
+        faults.save(state, newest / "optimizer.safetensors")
         code, line = call(script, cfg, capsys, monkeypatch)
-        assert code == 2 and "to go on from" in line, (state, line)
+        assert code == 2 and "to go on from" in line, (changed, line)
 
 
 def test_damaged_logs_are_told_by_plot_and_results(world, tmp_path, capsys, monkeypatch):
