@@ -14,11 +14,9 @@ GPU, Pythia 1B: the same with out/tldr, out/1b/sft, out/1b/rm and the defaults
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.gold import gold
@@ -34,18 +32,21 @@ from rlhf.compare import (
 )
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
-from rlhf.forward import TokenStats, response_scores, token_stats
+from rlhf.dist import deal, gather
+from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
-from rlhf.groups import Groups, micro_batches, pack
+from rlhf.groups import micro_batches, pack
 from rlhf.losses import RANKED, describe, extras, loss_options
-from rlhf.masked import masked_mean, masked_sum, seq_logprobs
+from rlhf.masked import seq_logprobs
+from rlhf.metrics import sample_metrics
 from rlhf.model import NeoX
 from rlhf.pair_losses import seq_log_ratios
-from rlhf.policy import k1, k3
-from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
-from rlhf.rewards import missing_eos
+from rlhf.pretrained import load_tokenizer
+from rlhf.reward_fn import load_reward_fn
+from rlhf.rollout import round_model, take, two_samplers
 from rlhf.run import Run
-from rlhf.summaries import mean, summary_metrics, texts_of
+from rlhf.scores import Scorer, parse_mix
+from rlhf.summaries import log_samples, mean, summary_metrics
 
 OPTIONS = ("beta", "gamma", "label_smoothing")  # of losses; each loss names those that it has
 
@@ -55,7 +56,9 @@ class Config:
     # I/O
     data_dir: str  # prepared data (data/tldr.py or data/toy.py)
     model: str  # the SFT model the policy starts from: Hugging Face directory, run directory or hub id
-    reward_model: str = ""  # what compares; not needed with --scorer=gold
+    reward_model: str = ""  # what compares; several joined by ','; or one of the next two, or --scorer=gold
+    reward_fn: str = ""  # file.py:name, a function of prompts and texts that scores (rlhf/reward_fn.py)
+    compare_fn: str = ""  # file.py:name, a function of prompts, texts and other texts: P(the first is better)
     ref_model: str = ""  # the reference (default: --model as it was at the start)
     revision: str = "main"  # revision of hub ids
     out_dir: str  # the run: model, metrics.jsonl, checkpoints
@@ -74,7 +77,9 @@ class Config:
     top_p: float = 1.0  # nucleus of the sampling (1 = off; log-probs are those of the full distribution)
     response_tokens: int = 0  # longest response (0 = what the data says; 53 for TL;DR)
     # comparison
-    scorer: Literal["rm", "gold"] = "rm"  # whose scores: the reward model's, or the toy world's true ones
+    scorer: Literal["rm", "gold"] = "rm"  # whose scores: those of the model or function that is given, or the
+    #   toy world's true ones
+    reward_mix: str = "mean"  # of several reward models: mean, min, uwo:0.1 (mean - 0.1 variance), softmin:1
     label: Literal["hard", "sampled", "soft"] = "hard"  # the higher score wins and ties are dropped; it wins
     #   with probability sigmoid(difference); or that probability itself, for the losses that read one
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
@@ -99,6 +104,7 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
+    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
@@ -110,6 +116,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 def with_options(cfg: Config) -> tuple[Config, dict[str, float]]:
@@ -131,8 +138,14 @@ def check(cfg: Config) -> None:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
     if cfg.move_reference and not cfg.round_updates:
         raise UserError("--move_reference: at the start of which round? give --round_updates")
-    if cfg.scorer == "rm" and not cfg.reward_model:
-        raise UserError("what compares? give --reward_model, or --scorer=gold in the toy world")
+    functions = [name for name in (cfg.reward_fn, cfg.compare_fn) if name]
+    given = functions + [cfg.reward_model] * bool(cfg.reward_model and cfg.scorer == "rm")
+    if len(given) != (cfg.scorer == "rm"):
+        raise UserError("what compares? give one of --reward_model, --reward_fn and --compare_fn, or "
+                        "--scorer=gold in the toy world")
+    if cfg.compare_fn and (cfg.k + 2 * cfg.data_pair != 2 or cfg.loss in RANKED):
+        raise UserError("--compare_fn compares two responses: it takes --k=2, and no --data_pair")
+    parse_mix(cfg.reward_mix)
     if cfg.loss in RANKED and cfg.label != "hard":
         raise UserError(f"--loss={cfg.loss} learns from a ranking, which has no label: --label=hard")
     if cfg.label == "soft" and "labels" not in extras(ONLINE_LOSSES[cfg.loss]):
@@ -144,15 +157,15 @@ def check(cfg: Config) -> None:
                         "and --k=2, and no --data_pair")
 
 
-def load_models(cfg: Config, device: torch.device) -> tuple[NeoX, NeoX, NeoX | None]:
-    """Policy, reference and, where it compares, the reward model."""
+def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
+    """Policy, reference and the reward models, where they compare."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
-    policy, reference = load(cfg.model), frozen(load(cfg.ref_model or cfg.model))
-    reward_model = frozen(load(cfg.reward_model, head="score")) if cfg.scorer == "rm" else None
-    return policy, reference, reward_model
+    models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
+    names = filter(None, cfg.reward_model.split(",")) if cfg.scorer == "rm" else []
+    return models + [frozen(load(name, head="score")) for name in names]
 
 
 def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
@@ -161,45 +174,6 @@ def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
     facts = ["facts"] if true_reward else []
     table = "pairs_train" if cfg.data_pair else "sft_train"
     return read_table(cfg.data_dir, table, ["query_token", *pair, *facts])
-
-
-def draw(
-    cfg: Config, sampler: NeoX, reference: NeoX, prompts: list, R: int, generator: torch.Generator,
-) -> tuple[list, Tensor]:
-    """K responses per prompt, [N][K][length], those of the opponent last; `ended` (N, K)."""
-    others = 0 if cfg.opponent is None else cfg.k // 2
-    shares = [(cfg.k - others, cfg.mixture), (others, cfg.opponent)]
-    parts = [
-        generate_all(
-            sampler, prompts, count, R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
-            top_p=cfg.top_p, generator=generator, reference=reference, mixture=share,
-        )
-        for count, share in shares if count
-    ]
-    responses = [sum(groups, []) for groups in zip(*[part for part, _ in parts])]
-    return responses, torch.cat([ended for _, ended in parts], 1)
-
-
-def round_model(cfg: Config, out: Run, step: int, policy: NeoX, tokenizer: Tokenizer) -> NeoX | None:
-    """The policy as it was at the start of the round, where one begins or a resumed run goes on; else None.
-
-    It lies in rounds/step_N, so that a resumed run finds it, and each round's model can be evaluated.
-    """
-    begun = step - step % cfg.round_updates
-    folder = Path(out.out) / f"rounds/step_{begun:08d}"
-    if step == begun:
-        save_pretrained(policy, tokenizer, folder)
-    if step not in (begun, out.start):
-        return None
-    return frozen(from_pretrained(str(folder), device=policy.device, dtype=cfg.dtype))
-
-
-def model_scores(cfg: Config, reward_model: NeoX, groups: list[Groups], ended: Tensor) -> Tensor:
-    """The reward model's scores (N, K), after the missing-EOS rule."""
-    with torch.no_grad():
-        raw_scores = torch.cat([response_scores(reward_model, g) for g in groups])  # (N, K)
-    ended = ended.to(raw_scores.device)
-    return missing_eos(raw_scores, ended, rule=cfg.missing_eos, penalty=cfg.missing_eos_penalty)
 
 
 def learn(
@@ -221,32 +195,13 @@ def learn(
     }
 
 
-def own_tokens(stats: TokenStats, mask: Tensor, own: int, R: int) -> dict[str, Tensor]:
+def samples_only(stats: TokenStats, mask: Tensor, own: int, R: int) -> dict[str, Tensor]:
     """For the log: what is known of the first `own` responses, (n, own, R) each."""
     known = {
-        "mask": mask, "logprobs": stats.logprobs.detach(), "ref_logprobs": stats.ref_logprobs,
+        "mask": mask, "old_logprobs": stats.logprobs.detach(), "ref_logprobs": stats.ref_logprobs,
         "kl_full": stats.kl, "entropy": stats.entropy.detach(),
     }
     return {key: values[:, :own, :R] for key, values in known.items()}
-
-
-def rollout_metrics(batch: dict[str, Tensor], scores: Tensor, ended: Tensor) -> dict[str, float]:
-    """What is logged of the samples that are not the opponent's, (N, k, R) or (N, k) each; names as in RLOO.
-
-    kl and kl_full are KLs of the policy where the sampler is the policy, else means over the sampler's texts.
-    """
-    mask, logprobs, ref_logprobs = batch["mask"], batch["logprobs"], batch["ref_logprobs"]
-    return {
-        "scores": scores.mean().item(),
-        "scores_std": scores.std().item(),
-        "kl": masked_sum(k1(logprobs, ref_logprobs), mask).mean().item(),
-        "kl_k3": masked_sum(k3(logprobs, ref_logprobs), mask).mean().item(),
-        "kl_full": masked_sum(batch["kl_full"], mask).mean().item(),
-        "entropy": masked_mean(batch["entropy"].flatten(), mask.flatten()).item(),
-        "surprisal": -masked_mean(logprobs.flatten(), mask.flatten()).item(),
-        "response_length": mask.sum(-1).double().mean().item(),
-        "eos_share": ended.double().mean().item(),
-    }
 
 
 def comparison_metrics(parts: list[dict[str, Tensor]], kept: Tensor) -> dict[str, float]:
@@ -258,7 +213,7 @@ def main(cfg: Config) -> dict:
     meta = read_meta(cfg.data_dir)
     cfg, options = with_options(cfg)
     check(cfg)
-    device = setup(cfg.seed, cfg.device)
+    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     own = cfg.k if cfg.opponent is None else cfg.k // 2  # responses per prompt that are not the opponent's
     R = cfg.response_tokens or meta["response_tokens"]  # longest sample
@@ -273,8 +228,7 @@ def main(cfg: Config) -> dict:
         return out.earlier_result()
 
     models = load_models(cfg, device)
-    policy, reference, reward_model = models
-    models = [model for model in models if model]
+    policy, reference, *reward_models = models
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = min(model.config.max_position_embeddings for model in models)
     uses = [("pairs_train", 0, 0), ("pairs_train", 0, R)] if cfg.data_pair else [("sft_train", 0, R)]
@@ -284,39 +238,47 @@ def main(cfg: Config) -> dict:
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)
+    score = Scorer(
+        device=device, tokenizer=tokenizer, pack_rows=pack_rows, max_tokens=cfg.micro_batch_tokens,
+        models=reward_models, mix=parse_mix(cfg.reward_mix), truth=true_reward,
+        reward_fn=load_reward_fn(cfg.reward_fn), compare_fn=load_reward_fn(cfg.compare_fn, "compare_fn"),
+        rule="none" if cfg.scorer == "gold" else cfg.missing_eos, penalty=cfg.missing_eos_penalty,
+    )
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; {cfg.loss} {options}; "
           f"{len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on {device}")
 
     sampler = policy
     for step in range(out.begin(policy, optimizer, generator), total):
-        if cfg.round_updates and (model := round_model(cfg, out, step, policy, tokenizer)):
-            sampler = model
-            reference = model if cfg.move_reference else reference
+        into_round = step % cfg.round_updates if cfg.round_updates else None  # updates since it began
+        if into_round == 0 or cfg.round_updates and step == out.start:
+            folder = out.out / f"rounds/step_{step - into_round:08d}"
+            sampler = round_model(folder, into_round == 0, policy, tokenizer, cfg.dtype, cfg.compile)
+            reference = sampler if cfg.move_reference else reference
         timer = Timer(device)
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
 
         # 1. rollout: K responses to each prompt
         rows = batch_indices(len(data["query_token"]), N, step, cfg.seed)
-        drawn = {column: [values[i] for i in rows] for column, values in data.items()}
+        drawn = take(data, rows)
         prompts = drawn["query_token"]
-        responses, ended = draw(cfg, sampler, reference, prompts, R, generator)
+        sample = partial(
+            generate_all, sampler, max_new_tokens=R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
+            top_p=cfg.top_p, generator=generator, reference=reference,
+        )
+        responses, ended = two_samplers(sample, prompts, cfg.k, cfg.mixture, cfg.opponent)
         if cfg.data_pair:
             responses, ended = add_data_pair(responses, ended, drawn["chosen_token"], drawn["rejected_token"])
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         groups = [pack_rows(prompts[s], responses[s]) for s in slices]
         timer.lap("rollout")
 
         # 2. comparison: scores (N, K), and by them which responses are learnt from
-        if true_reward:
-            facts = [f for f in drawn["facts"] for _ in responses[0]]
-            truth = true_reward(facts, texts_of(tokenizer, responses), ended.flatten().tolist())
-            truth = torch.tensor(truth, device=device).view(N, -1)  # (N, K)
-        scores = truth if cfg.scorer == "gold" else model_scores(cfg, reward_model, groups, ended)
-        scores = equal_scores(scores, responses)
+        scored = score(drawn, responses, ended)
+        scores = equal_scores(scored["scores"], responses)
         coins = torch.rand(N, generator=generator, device=device)  # (N,)
-        compared = compare(scores, cfg.label, coins, ranked=cfg.loss in RANKED)
+        compared = compare(scores, cfg.label, coins, scored.get("wins"), ranked=cfg.loss in RANKED)
         pairs = compared.kept.sum().item()
         timer.lap("scoring")
 
@@ -329,26 +291,28 @@ def main(cfg: Config) -> dict:
                 stats = token_stats(policy, g, cfg.temperature, reference)  # (n, K, R) each
                 learnt.append(learn(cfg, options, stats, g.response_mask, scores[s], compared[s], pairs))
                 if epoch == 0:
-                    seen.append(own_tokens(stats, g.response_mask, own, R))
+                    seen.append(samples_only(stats, g.response_mask, own, R))
             if pairs:
-                means = comparison_metrics(learnt, compared.kept)
+                means = comparison_metrics(gather(learnt, slices), compared.kept)
                 means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
                 passes.append(means)
         timer.lap("update")
 
+        seen = gather(seen, slices)
         batch = {key: torch.cat([part[key] for part in seen]) for key in seen[0]}  # (N, own, R)
+        batch |= {name: values[:, :own] for name, values in scored.items() if values.dim() == 2}  # (N, own)
         metrics = {
             "episode": (step + 1) * cfg.batch_size,
-            **rollout_metrics(batch, scores[:, :own], ended[:, :own]),
+            **sample_metrics(batch),
             "tie_share": 1 - pairs / N,
             **{key: mean([p[key] for p in passes]) for key in (passes[0] if passes else [])},
             "lr": lr,
         }
         if cfg.opponent is not None:
             metrics["opponent_scores"] = scores[:, own : cfg.k].mean().item()
-        if true_reward:
-            metrics["gold"] = truth[:, :own].mean().item()
-        tokens = sum(g.response_mask.sum().item() for g in groups)
+        if cfg.samples_every and step % cfg.samples_every == 0:
+            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, scored)
+        tokens = sum(len(y) for group in responses for y in group)
         metrics |= timer.metrics(tokens=tokens, rollout=1, scoring=1, update=cfg.epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "accuracies", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)

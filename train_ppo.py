@@ -28,16 +28,18 @@ from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import response_scores, token_stats, token_values
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_mean, masked_sum
+from rlhf.metrics import sample_metrics
 from rlhf.model import NeoX
-from rlhf.policy import clipped_token_loss, clipped_value_loss, gae, k1, k2, k3, whiten
+from rlhf.policy import clipped_token_loss, clipped_value_loss, gae, k1, k2, whiten
 from rlhf.pretrained import load_tokenizer
 from rlhf.rewards import missing_eos
 from rlhf.run import Run
-from rlhf.summaries import mean, summary_metrics, texts_of
+from rlhf.summaries import log_samples, mean, summary_metrics, texts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient of policy and critic to this norm (0 = no clipping)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
+    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
@@ -88,6 +91,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 def check(cfg: Config) -> None:
@@ -146,25 +150,14 @@ def learn(
     return {key: value.detach()[mask].double().sum() for key, value in stats.items()}
 
 
-def rollout_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
-    """What is logged of a scored rollout; names and units as in train_rloo.py."""
-    mask, logprobs, ref_logprobs = batch["mask"], batch["old_logprobs"], batch["ref_logprobs"]
-    unexplained = (batch["returns"] - batch["old_values"])[mask].var() / batch["returns"][mask].var()
+def critic_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
+    """What is logged of rewards and values, beside what every script logs of its samples."""
+    mask, returns, values = batch["mask"], batch["returns"], batch["old_values"]
+    unexplained = (returns - values)[mask].var() / returns[mask].var()
     return {
-        "scores": batch["scores"].mean().item(),
-        "scores_std": batch["scores"].std().item(),
-        "raw_scores": batch["raw_scores"].mean().item(),
         "rlhf_reward": masked_sum(batch["rewards"], mask).mean().item(),
-        "values": masked_mean(batch["old_values"].flatten(), mask.flatten()).item(),
+        "values": masked_mean(values.flatten(), mask.flatten()).item(),
         "explained_variance": 1 - unexplained.item(),
-        "kl": masked_sum(k1(logprobs, ref_logprobs), mask).mean().item(),
-        "kl_k3": masked_sum(k3(logprobs, ref_logprobs), mask).mean().item(),
-        "kl_full": masked_sum(batch["kl_full"], mask).mean().item(),
-        "entropy": masked_mean(batch["entropy"].flatten(), mask.flatten()).item(),
-        "surprisal": -masked_mean(logprobs.flatten(), mask.flatten()).item(),
-        "length_normalized_surprisal": -masked_mean(logprobs, mask).mean().item(),
-        "response_length": mask.sum(-1).double().mean().item(),
-        "eos_share": batch["ended"].double().mean().item(),
     }
 
 
@@ -172,7 +165,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, critic, reference, reward model."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     policy, critic = load(cfg.model), load(cfg.reward_model, head="score")
     for model in (policy, critic):
@@ -183,7 +176,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
 
 def main(cfg: Config) -> dict:
     check(cfg)
-    device = setup(cfg.seed, cfg.device)
+    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]  # longest response
@@ -222,7 +215,7 @@ def main(cfg: Config) -> dict:
             generator=generator,
         )
         ended = ended.to(device)  # (N, K)
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("rollout")
 
         # 2. scoring: reward, values, log-probs under policy and reference; advantages
@@ -230,6 +223,7 @@ def main(cfg: Config) -> dict:
         scored = [
             score(g, ended[s], policy, critic, reference, reward_model, cfg) for g, s in zip(groups, slices)
         ]
+        scored = gather(scored, slices)
         batch = {key: torch.cat([part[key] for part in scored]) for key in scored[0]}  # (N, K, ...)
         batch["whitened"] = whiten(batch["advantages"], batch["mask"])  # (N, K, R)
         tokens = batch["mask"].sum().item()
@@ -242,17 +236,21 @@ def main(cfg: Config) -> dict:
             for g, s in zip(groups, slices):
                 own = {key: values[s] for key, values in batch.items()}
                 parts.append(learn(g, own, policy, critic, tokens, cfg))
+            parts = gather(parts, slices)
             means = {key: sum(part[key].item() for part in parts) / tokens for key in parts[0]}
             means["grad_norm"] = optimizer_step(learners, optimizer, means["loss"], cfg.max_grad_norm, step)
             passes.append(means)
         timer.lap("update")
 
-        metrics = {"episode": (step + 1) * cfg.batch_size, **rollout_metrics(batch), "lr": lr}
-        metrics |= {key: mean([p[key] for p in passes]) for key in passes[0]}
         if true_reward:
             facts = [data["facts"][i] for i in rows for _ in range(cfg.k)]
-            texts = texts_of(tokenizer, responses)
-            metrics["gold"] = mean(true_reward(facts, texts, ended.flatten().tolist()))
+            truth = true_reward(facts, texts_of(tokenizer, responses), ended.flatten().tolist())
+            batch["gold"] = torch.tensor(truth).view(N, cfg.k)
+        metrics = {"episode": (step + 1) * cfg.batch_size, **sample_metrics(batch), **critic_metrics(batch)}
+        metrics |= {"lr": lr} | {key: mean([p[key] for p in passes]) for key in passes[0]}
+        if cfg.samples_every and step % cfg.samples_every == 0:
+            summed = {"rewards": masked_sum(batch["rewards"], batch["mask"])}  # (N, K)
+            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, batch | summed)
         metrics |= timer.metrics(tokens=tokens, rollout=1, scoring=1, update=cfg.ppo_epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "values", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator, critic=critic)

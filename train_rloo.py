@@ -23,25 +23,27 @@ from math import ceil
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
-from rlhf.dist import deal, gather, whole
-from rlhf.forward import response_scores, token_stats
+from rlhf.dist import deal, gather
+from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
-from rlhf.masked import masked_mean, masked_sum, seq_logprobs
+from rlhf.masked import masked_sum, seq_logprobs
+from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_metrics
 from rlhf.model import NeoX
-from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3
+from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3, minus_all_drawn
 from rlhf.pretrained import load_tokenizer
-from rlhf.reward_fn import function_scores, load_reward_fn
-from rlhf.rewards import missing_eos, parse_reward, rlhf_reward
+from rlhf.reward_fn import load_reward_fn
+from rlhf.rewards import adapted, entropy_bonus, own_terms, parse_reward, rlhf_reward
+from rlhf.rollout import ROLLOUTS, forced_tokens, take
 from rlhf.run import Run
-from rlhf.summaries import log_samples, mean, summary_metrics, texts_of
+from rlhf.scores import Scorer, parse_mix
+from rlhf.summaries import log_samples, summary_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Config:
     # I/O
     data_dir: str  # prepared data (data/tldr.py or data/toy.py)
     model: str  # the SFT model the policy starts from: Hugging Face directory, run directory or hub id
-    reward_model: str = ""  # the reward model, of any size with the same tokenizer; or give --reward_fn
+    reward_model: str = ""  # the reward model, of any size with the same tokenizer, or several joined by ','
     reward_fn: str = ""  # file.py:name, a function of prompts and texts in its place (rlhf/reward_fn.py)
     ref_model: str = ""  # what the KL is measured to (default: --model as it was at the start)
     revision: str = "main"  # revision of hub ids
@@ -63,10 +65,20 @@ class Config:
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
     #   the score of a response without EOS becomes -penalty, or loses penalty, or stays
     missing_eos_penalty: float = 1.0  # size of that penalty
+    reward_mix: str = "mean"  # of several reward models: mean, min, uwo:0.1 (mean - 0.1 variance), softmin:1
+    score_after: str = ""  # only what follows this text in a response is scored (policies that think first)
+    entropy_target: float | None = None  # nats per token: after each update the coefficient of maxent or
+    #   maxent_length rises by --entropy_rate x (target - entropy), AER
+    entropy_rate: float = 0.01  # of --entropy_target
+    attached: bool = False  # the terms keep their own gradient too: the objective's whole gradient (README)
     invalid_logprob_fill: float | None = None
     #   ablation: sum padded log-probs as if they held this number (TRL: 1.0) instead of masking them
     # algorithm
     k: int = 2  # responses per prompt, at least 2
+    rollout: str = "plain"  # k responses to each prompt; reset: after a part of the human one (DR-PO);
+    #   adaptive: k of up to 4 k, above and below the human one (Reinforce-Ada); budget: half the prompts, and
+    #   more responses where scores differ more (GVM)
+    reset_share: float = 1.0  # of reset: share of prompts that begin with a part of the human response
     advantage: str = "rloo"  # rloo (leave-one-out) or grpo (divided by the group's standard deviation)
     episodes: int = 1_000_000  # responses sampled in the whole run
     batch_size: int = 512  # responses per update (prompts = batch_size / k)
@@ -105,33 +117,39 @@ class Config:
 
 def check(cfg: Config) -> None:
     check_ranges(cfg)
-    if cfg.advantage not in ADVANTAGES:
-        raise UserError(f"--advantage={cfg.advantage}: known are {', '.join(ADVANTAGES)}")
-    if cfg.policy_loss not in POLICY_LOSSES:
-        raise UserError(f"--policy_loss={cfg.policy_loss}: known are {', '.join(POLICY_LOSSES)}")
+    for option, known in (("advantage", ADVANTAGES), ("policy_loss", POLICY_LOSSES), ("rollout", ROLLOUTS)):
+        if (value := getattr(cfg, option)) not in known:
+            raise UserError(f"--{option}={value}: known are {', '.join(known)}")
+    parse_mix(cfg.reward_mix)
     if bool(cfg.reward_model) == bool(cfg.reward_fn):
         raise UserError("what is the reward? give --reward_model or --reward_fn, one of the two")
     if cfg.k < 2:
         raise UserError(f"--k={cfg.k} must be at least 2: the others of a prompt are the baseline")
     if cfg.temperature <= 0:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
-    if cfg.batch_size % cfg.k:
-        raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}")
+    if cfg.batch_size % (cfg.k * (1 + (cfg.rollout == "budget"))):
+        raise UserError(f"--batch_size={cfg.batch_size} is not divisible by --k={cfg.k}, or with "
+                        "--rollout=budget by twice that")
+    if cfg.entropy_target is not None and entropy_bonus(cfg.reward) is None:
+        raise UserError("--entropy_target changes the coefficient of maxent or maxent_length: --reward must "
+                        "have one of the two, as in maxent_length:0.1")
+    if cfg.attached and (cfg.ppo_epochs > 1 or cfg.invalid_logprob_fill is not None):
+        raise UserError("--attached is the gradient at the policy that sampled: it takes --ppo_epochs=1, and "
+                        "no --invalid_logprob_fill")
     if cfg.top_p < 1:
         print(f"warning: --top_p={cfg.top_p}: samples of the nucleus, log-probs and gradient of the full "
               "distribution: the gradient is biased", file=sys.stderr)
 
 
 def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
-    """Policy, reference and, unless there is a --reward_fn, the reward model."""
+    """Policy, reference and the reward models, if any."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
         compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
-    if cfg.reward_model:
-        models.append(frozen(load(cfg.reward_model, head="score")))
-    return models
+    names = filter(None, cfg.reward_model.split(","))
+    return models + [frozen(load(name, head="score")) for name in names]
 
 
 def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
@@ -139,88 +157,41 @@ def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
     columns = ["query_token", "facts"] if true_reward else ["query_token"]
     data = read_table(cfg.data_dir, "sft_train", columns)
     human = "reference_response_token"
-    if cfg.reward_model and has_column(cfg.data_dir, "sft_train", human):
+    needed = cfg.rollout in ("reset", "adaptive")
+    if needed or cfg.reward_model and has_column(cfg.data_dir, "sft_train", human):
         references = [[r] for r in read_table(cfg.data_dir, "sft_train", [human])[human]]
     else:
         references = [[]] * len(data["query_token"])
     return data | {"references": references}
 
 
-def model_scores(
-    reward_model: NeoX, pack_rows: Callable, prompts: list, responses: list, references: list,
-) -> tuple[Tensor, Tensor]:
-    """Scores of the responses (n, K) and, as response K + 1 of their row, of the references (n, 0 or 1)."""
-    groups = pack_rows(prompts, [own + human for own, human in zip(responses, references)])
-    scores = response_scores(reward_model, groups)  # (n, K or K + 1)
-    K = len(responses[0])
-    return scores[:, :K], scores[:, K:]
-
-
-def make_score(cfg: Config, models: list, tokenizer: Tokenizer, pack_rows: Callable) -> Callable:
-    """score(prompts, responses, references) -> scores (n, K), scores of the references (n, 0 or 1)."""
-    if cfg.reward_fn:
-        return partial(function_scores, load_reward_fn(cfg.reward_fn), tokenizer, models[0].device)
-    return partial(model_scores, models[2], pack_rows)
+def coefficients_now(cfg: Config, last: dict) -> dict[str, float]:
+    """Those of --reward; with --entropy_target the entropy bonus's follows from the update before."""
+    coefficients = parse_reward(cfg.reward)
+    if cfg.entropy_target is not None and last:
+        name = entropy_bonus(cfg.reward)
+        earlier, entropy = last[f"coefficient/{name}"], last["entropy"]
+        coefficients[name] = adapted(earlier, entropy, cfg.entropy_target, cfg.entropy_rate)
+    return coefficients
 
 
 def policy_gradient(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, bonus: Tensor | float = 0.0, *,
     loss_fn: Callable, sequences: int,
 ) -> dict[str, Tensor]:
     """Backward of the mean loss over `sequences`; what is logged of each of these, (n, K)."""
     losses, stats = loss_fn(logprobs, old_logprobs, advantages, mask)  # (n, K)
-    (losses.sum() / sequences).backward()
+    ((losses - bonus).sum() / sequences).backward()
     approxkl = k2(seq_logprobs(old_logprobs, mask), seq_logprobs(logprobs.detach(), mask))  # (n, K)
     squares = stats["ratio"] ** 2  # (n, K)
     return {**stats, "loss": losses.detach(), "approxkl": approxkl, "ratio_square": squares}
 
 
-def rollout_metrics(batch: dict[str, Tensor], coefficients: dict[str, float]) -> dict[str, float]:
-    """What is logged of a scored rollout, (N, K, R) or (N, K) each; README, "Every metric of RLOO"."""
-    mask, logprobs, ref_logprobs = batch["mask"], batch["old_logprobs"], batch["ref_logprobs"]
-    terms = {name: batch[name].mean().item() for name in coefficients if name != "score"}
-    over = batch["scores"].mean() - batch["reference_scores"].mean()  # nan without references
-    return {
-        "scores": batch["scores"].mean().item(),
-        **({"scores_over_reference": over.item()} if batch["reference_scores"].numel() else {}),
-        "scores_std": batch["scores"].std().item(),
-        "raw_scores": batch["raw_scores"].mean().item(),
-        "rlhf_reward": batch["rewards"].mean().item(),
-        "group_std": batch["rewards"].std(1).mean().item(),
-        **{f"bonus/{name}": value for name, value in terms.items()},
-        **{f"reward/{name}": coefficients[name] * value for name, value in terms.items()},
-        "kl": masked_sum(k1(logprobs, ref_logprobs), mask).mean().item(),
-        "kl_k3": masked_sum(k3(logprobs, ref_logprobs), mask).mean().item(),
-        "kl_full": masked_sum(batch["kl_full"], mask).mean().item(),
-        "entropy": masked_mean(batch["entropy"].flatten(), mask.flatten()).item(),
-        "surprisal": -masked_mean(logprobs.flatten(), mask.flatten()).item(),
-        "length_normalized_surprisal": -masked_mean(logprobs, mask).mean().item(),
-        "response_length": mask.sum(-1).double().mean().item(),
-        "eos_share": batch["ended"].double().mean().item(),
-    }
-
-
-def sequence_means(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over all sequences of a pass, from its micro-batches."""
-    return {key: torch.cat([part[key] for part in parts]).double().mean().item() for key in parts[0]}
-
-
-def update_metrics(passes: list[dict[str, float]]) -> dict[str, float]:
-    """What is logged of the passes of one update: means over them."""
-    average = {key: mean([p[key] for p in passes]) for key in passes[0]}
-    return {
-        "kl_prev/approxkl_avg": average["approxkl"],
-        "kl_prev/approxkl_last": passes[-1]["approxkl"],
-        "ratio_var": average["ratio_square"] - average["ratio"] ** 2,
-        **{key: average[key] for key in ("loss", "clipfrac", "ratio", "grad_norm")},
-    }
-
-
 def main(cfg: Config) -> dict:
     check(cfg)
     device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
-    coefficients = parse_reward(cfg.reward)
-    N = cfg.batch_size // cfg.k  # prompts per update
+    N = cfg.batch_size // cfg.k  # rows of K responses per update
+    asked = N // 2 if cfg.rollout == "budget" else N  # prompts per update
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]  # longest response
     total = ceil(cfg.episodes / cfg.batch_size)
@@ -232,68 +203,86 @@ def main(cfg: Config) -> dict:
         return out.earlier_result()
 
     models = load_models(cfg, device)
-    policy, reference = models[:2]
+    policy, reference, *reward_models = models
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = policy.config.max_position_embeddings
     uses = [("sft_train", 0, R), ("sft_validation", cfg.eval_rows, R)]
     uses += [("sft_train", 0, 0)] if any(data["references"]) else []
+    uses += [("sft_train", 0, 2 * R)] if cfg.rollout == "reset" else []  # R new ones after the forced ones
     check_tables(cfg.data_dir, models, *uses)
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     pack_rows = partial(pack, max_positions=context, device=device, max_response=R)
-    score = make_score(cfg, models, tokenizer, pack_rows)
+    score = Scorer(
+        device=device, tokenizer=tokenizer, pack_rows=pack_rows, max_tokens=cfg.micro_batch_tokens,
+        models=reward_models, mix=parse_mix(cfg.reward_mix), truth=true_reward,
+        reward_fn=load_reward_fn(cfg.reward_fn),
+        rule=cfg.missing_eos, penalty=cfg.missing_eos_penalty, marker=cfg.score_after,
+    )
+    sample = partial(
+        generate_all, policy, max_new_tokens=R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
+        top_p=cfg.top_p, generator=generator,
+    )
     loss_fn = partial(POLICY_LOSSES[cfg.policy_loss], clip=cfg.clip, clip_high=cfg.clip_high)
     learn = partial(policy_gradient, loss_fn=loss_fn, sequences=cfg.batch_size)
-    objective = " + ".join(f"{coefficient:g} {name}" for name, coefficient in coefficients.items())
     parameters = sum(p.numel() for p in policy.parameters())
-    print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; reward: {objective}; "
-          f"{len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on {device}")
+    print(f"{total} updates of {asked} prompts x {cfg.k} responses of at most {R} tokens; "
+          f"reward: {cfg.reward}; {len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on "
+          f"{device}")
 
     for step in range(out.begin(policy, optimizer, generator), total):
         timer = Timer(device)
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
+        coefficients = coefficients_now(cfg, out.last)
 
-        # 1. rollout: K responses to each prompt from the current policy
-        rows = batch_indices(len(data["query_token"]), N, step, cfg.seed)
-        prompts = [data["query_token"][i] for i in rows]
-        responses, ended = generate_all(
-            policy, prompts, cfg.k, R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
-            top_p=cfg.top_p, generator=generator,
-        )
-        ended = ended.to(device)  # (N, K)
-        references = [data["references"][i] for i in rows]
+        # 1. rollout: K responses to each prompt from the current policy, and their scores
+        rows = batch_indices(len(data["query_token"]), asked, step, cfg.seed)
+        drawn = take(data, rows)
+        if cfg.rollout == "reset":
+            seed = cfg.seed * 1_000_003 + step
+            drawn["forced"] = forced_tokens(drawn["references"], cfg.reset_share, R, seed)
+        rollout = ROLLOUTS[cfg.rollout](sample, score, drawn, cfg.k, R, timer.lap)
+        prompts = rollout.prompts
+        responses = rollout.responses
         slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
-        timer.lap("rollout")
+        timer.lap("scoring")
 
         # The policy that scores is the one that sampled: its scoring forward is the first learning forward.
-        scored, learnt = [], []
+        parts, learnt = [], []
         for s in slices:
-            # 2. scoring: reward, and log-probs under policy and reference by a forward, not from sampling
+            # 2. log-probs under policy and reference by a forward, not from sampling
             groups = pack_rows(prompts[s], responses[s])
             mask = groups.response_mask  # (n, K, R)
-            raw_scores, reference_scores = score(prompts[s], responses[s], references[s])
             stats = token_stats(policy, groups, cfg.temperature, reference)  # (n, K, R) each
             old_logprobs = stats.logprobs.detach()
 
             # 3. reward and advantage: constants, the KL and entropy terms included
-            scores = missing_eos(raw_scores, ended[s], rule=cfg.missing_eos, penalty=cfg.missing_eos_penalty)
+            found = {name: values[s] for name, values in rollout.scored.items()}  # (n, K) each
             rewards, terms = rlhf_reward(
-                scores, old_logprobs, stats.ref_logprobs, mask, coefficients, cfg.invalid_logprob_fill
+                found["scores"], old_logprobs, stats.ref_logprobs, mask, coefficients,
+                cfg.invalid_logprob_fill,
             )  # (n, K) each
             advantages = ADVANTAGES[cfg.advantage](rewards)  # (n, K)
-            scored.append({
-                "ended": ended[s], "mask": mask, "old_logprobs": old_logprobs,
-                "ref_logprobs": stats.ref_logprobs, "entropy": stats.entropy.detach(), "kl_full": stats.kl,
-                "raw_scores": raw_scores, "scores": scores, "reference_scores": reference_scores,
-                "rewards": rewards, "advantages": advantages, **terms,
+            if cfg.rollout == "adaptive":  # its baseline knows the samples that were not kept
+                left_out = coefficients["score"] * rollout.left_out[s]  # (n, 1)
+                advantages = minus_all_drawn(rewards, left_out)
+            weights = rollout.weights[s]  # (n, 1)
+            advantages = weights * advantages
+            parts.append({
+                **found, "mask": mask, "old_logprobs": old_logprobs, "ref_logprobs": stats.ref_logprobs,
+                "entropy": stats.entropy.detach(), "kl_full": stats.kl, "rewards": rewards,
+                "advantages": advantages, **terms,
             })
+            bonus = 0.0
+            if cfg.attached:
+                bonus = weights * own_terms(stats.logprobs, stats.ref_logprobs, mask, coefficients)  # (n, K)
             timer.lap("scoring")
-            learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask))
+            learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask, bonus))
             timer.lap("update")
-        scored = gather(scored, slices)
-        batch = {key: torch.cat([part[key] for part in scored]) for key in scored[0]}  # (N, K, ...)
+        parts = gather(parts, slices)
+        batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}  # (N, K, ...)
         old_logprobs, mask = batch["old_logprobs"], batch["mask"]
 
         # 4. update: one optimizer step per pass; the later passes run the new policy on the same responses
@@ -313,28 +302,25 @@ def main(cfg: Config) -> dict:
         # 5. how far did the update go? log-probs of a quarter of the rollout under the new weights
         quarter = slice(max(1, N // 4))
         some_prompts, some_responses = prompts[quarter], responses[quarter]
-        own = deal(micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens))
-        updated = whole(policy)
+        some = deal(micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens))
         with torch.no_grad():
             moved = [
-                token_stats(updated, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
-                for s in own
+                token_stats(policy, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
+                for s in some
             ]
-        moved = torch.cat(gather(moved, own))  # (N / 4, K, R)
+        moved = torch.cat(gather(moved, some))  # (N / 4, K, R)
         timer.lap("drift")
 
         metrics = {
             "episode": (step + 1) * cfg.batch_size,
-            **rollout_metrics(batch, coefficients),
+            **sample_metrics(batch),
+            **reward_metrics(batch, coefficients),
+            **rollout.log,
             **update_metrics(passes),
             "kl_prev/k1": masked_sum(k1(old_logprobs[quarter], moved), mask[quarter]).mean().item(),
             "kl_prev/k3": masked_sum(k3(old_logprobs[quarter], moved), mask[quarter]).mean().item(),
             "lr": lr,
         }
-        if true_reward:
-            facts = [data["facts"][i] for i in rows for _ in range(cfg.k)]
-            texts = texts_of(tokenizer, responses)
-            metrics["gold"] = mean(true_reward(facts, texts, ended.flatten().tolist()))
         if cfg.samples_every and step % cfg.samples_every == 0:
             log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, batch)
         metrics |= timer.metrics(tokens=mask.sum().item(), rollout=1, scoring=1, update=cfg.ppo_epochs)

@@ -33,11 +33,10 @@ from rlhf.data import (
     read_table,
     tables,
 )
-from rlhf.dist import deal, gather, whole
+from rlhf.dist import deal, gather
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
-from rlhf.model import NeoX
 from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 
@@ -141,7 +140,7 @@ def main(cfg: Config) -> dict:
     print(f"{rows} pairs, {total} updates of {cfg.batch_size}; "
           f"{parameters / 1e6:.2f}M parameters on {device}")
 
-    def scores(model: NeoX, prompts: list, responses: list) -> torch.Tensor:
+    def scores(prompts: list, responses: list) -> torch.Tensor:
         """Rewards (N, K) of K responses to each prompt, read at the last token of each."""
         groups = pack(prompts, responses, max_positions=model.config.max_position_embeddings, device=device)
         return response_scores(model, groups)  # (N, K)
@@ -149,9 +148,8 @@ def main(cfg: Config) -> dict:
     @torch.no_grad()
     def all_scores(prompts: list, responses: list, name: str) -> torch.Tensor:
         slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
-        judge = whole(model)
         bar = tqdm(slices, desc=name, leave=False, disable=None)
-        parts = [scores(judge, prompts[s], responses[s]).cpu() for s in bar]
+        parts = [scores(prompts[s], responses[s]).cpu() for s in bar]
         return torch.cat(gather(parts, slices))  # (N, K)
 
     for step in range(out.begin(model, optimizer), total):
@@ -162,7 +160,7 @@ def main(cfg: Config) -> dict:
         slices = deal(micro_batches(prompts, pairs, cfg.micro_batch_tokens))
         parts, seen = [], []
         for s in slices:
-            rewards = scores(model, prompts[s], pairs[s])  # (n, 2)
+            rewards = scores(prompts[s], pairs[s])  # (n, 2)
             part = bradley_terry_loss(rewards[:, 0], rewards[:, 1]).sum() / cfg.batch_size
             part.backward()
             parts.append(part.item())

@@ -25,11 +25,10 @@ from data.gold import gold
 from rlhf.common import adamw, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, column_names, read_meta, read_table
-from rlhf.dist import deal, gather, whole
+from rlhf.dist import deal, gather
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
-from rlhf.model import NeoX
 from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 from rlhf.summaries import summary_metrics
@@ -126,7 +125,7 @@ def main(cfg: Config) -> dict:
         pairs = [learnt_part(query, response, cfg.loss_on) for query, response in posts]
         return [p for p, _ in pairs], [r for _, r in pairs]
 
-    def batch_loss(model: NeoX, prompts: list, responses: list, tokens: int) -> torch.Tensor:
+    def batch_loss(prompts: list, responses: list, tokens: int) -> torch.Tensor:
         """Sum of -log pi over the tokens of these groups, divided by the tokens of the whole batch."""
         groups = pack(prompts, responses, max_positions=model.config.max_position_embeddings, device=device)
         return summed_nll(model, groups) / tokens
@@ -136,8 +135,7 @@ def main(cfg: Config) -> dict:
         prompts, responses = groups_of(valid, range(len(valid["query_token"])))
         tokens = sum(len(r[0]) for r in responses)
         slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
-        judged = whole(model)
-        parts = [batch_loss(judged, prompts[s], responses[s], tokens).item() for s in slices]
+        parts = [batch_loss(prompts[s], responses[s], tokens).item() for s in slices]
         return sum(gather(parts, slices))
 
     for step in range(out.begin(model, optimizer), total):
@@ -147,7 +145,7 @@ def main(cfg: Config) -> dict:
         slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         parts = []
         for s in slices:
-            part = batch_loss(model, prompts[s], responses[s], tokens)
+            part = batch_loss(prompts[s], responses[s], tokens)
             part.backward()
             parts.append(part.item())
         loss = sum(gather(parts, slices))

@@ -6,7 +6,7 @@
     simpo_pl    SimPO on K ranked responses (Plackett-Luce, eq. 12): reads rankings_train, not pairs_train
     and twenty more, at the end of this help: each is one function in rlhf/losses.py or beside it
 
-There is no hidden NLL term (TRL's CPO adds one by default). Leaves out: dropout; VPO's on-policy calibration.
+There is no hidden NLL term (TRL's CPO adds one by default). Leaves out: dropout.
     CPU, toy world:  python train_simpo.py --data_dir=out/toy/data --model=out/toy/sft --loss=simpo
                          --out_dir=out/toy/simpo --lr=1e-4 --train_rows=5000 --batch_size=32
                          (half a minute; gold 0.47 to 0.59)
@@ -27,7 +27,7 @@ from data.gold import gold
 from rlhf.common import adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
-from rlhf.dist import gather, whole
+from rlhf.dist import gather
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import pack
@@ -78,7 +78,8 @@ class Config:
     label_smoothing: float | None = None  # share of labels taken to be flipped
     r_max: float | None = None  # chipo clips its margin at twice this
     top_k: int | None = None  # competitors of each rejected token in cringe
-    calibration: Literal["chosen", "reference"] = "chosen"  # vpo's calibration response
+    calibration: Literal["chosen", "reference", "sample"] = "chosen"  # vpo's calibration response: the chosen
+    #                     one, an SFT summary, or one drawn from the policy at each update
     # optimization
     lr: float = 1e-6  # peak learning rate (the paper: 1e-6 for DPO, 1e-6 and 2e-7 for SimPO)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up; would be 0 one update later
@@ -157,7 +158,7 @@ def main(cfg: Config) -> dict:
     reads = extras(loss_fn)  # what it reads beside log-probs
     table = "rankings_train" if cfg.loss in RANKED else "pairs_train"
     device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
-    meta = read_meta(cfg.data_dir)
+    R = read_meta(cfg.data_dir)["response_tokens"]
     train = read_preferences(cfg.data_dir, table, cfg.loss, reads, cfg.train_rows)
     valid = read_preferences(cfg.data_dir, "pairs_validation", cfg.loss, reads, cfg.eval_rows)
     valid_posts = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)["query_token"]
@@ -183,10 +184,10 @@ def main(cfg: Config) -> dict:
     context = policy.config.max_position_embeddings
     check_tables(
         cfg.data_dir, [policy, reference] if reference else [policy], (table, cfg.train_rows, 0),
-        ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, meta["response_tokens"]),
+        *([(table, cfg.train_rows, R)] if cfg.calibration == "sample" else []),
+        ("pairs_validation", cfg.eval_rows, 0), ("sft_validation", cfg.eval_rows, R),
         *([("sft_train", 0, 0), ("sft_validation", 0, 0)] if sft else []),
     )
-    models = [policy, reference]
     policy.gpt_neox.gradient_checkpointing = cfg.gradient_checkpointing
     optimizer = adamw(policy, cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     pack_rows = partial(pack, max_positions=context, device=device)
@@ -195,9 +196,8 @@ def main(cfg: Config) -> dict:
     print(f"{rows} rows, {total} updates of {cfg.batch_size}; {cfg.loss} {options} lr {cfg.lr}; "
           f"{parameters / 1e6:.2f}M parameters on {device}")
 
-    def batch_loss(models: list, batch: Batch, top_k: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(batch: Batch, top_k: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (n,) of a micro-batch, and what is logged of each, (n,)."""
-        policy, reference = models
         groups = pack_rows(batch["prompts"], batch["responses"])
         mask = groups.response_mask  # (n, K, R)
         stats = token_stats(policy, groups, mean_logits=True, top_k=top_k)  # (n, K, R) each
@@ -208,20 +208,24 @@ def main(cfg: Config) -> dict:
         losses, rewards = loss_fn(stats.logprobs, ref_logprobs, mask, **options, **extra)  # (n,), (n, K)
         return losses, pair_metrics(losses, rewards, stats, ref_logprobs, mask)
 
-    def batch_extras(models: list, batch: Batch, split: str, step: int) -> Batch:
+    def batch_extras(batch: Batch, split: str, step: int) -> Batch:
         """A whole batch with what the loss reads that is no column of its table."""
         batch = dict(batch)
         n = len(batch["prompts"])
         if sft:
-            chosen = batch_indices(len(sft[split]["sft_prompts"]), n, step, cfg.seed)
+            chosen = batch_indices(len(sft[split]["other_prompts"]), n, step, cfg.seed)
             batch |= rows_of(sft[split], chosen)
+        if cfg.calibration == "sample":
+            generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+            drawn = generate_all(policy, batch["prompts"], 1, R, batch=64, temperature=1, generator=generator)
+            batch |= {"other_prompts": batch["prompts"], "other_responses": [row for row, in drawn[0]]}
         if "noise" in reads and split == "train":
             generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
             batch["noise"] = torch.randn(n, len(batch["objectives"][0]), 2, generator=generator)
         if "target_margins" in reads:  # the margin of a pair depends on the whole batch: one more forward
-            slices = slices_of(batch, cfg.micro_batch_tokens)
+            slices = slices_of(batch, cfg.micro_batch_tokens, reads, again)
             with torch.no_grad():
-                parts = [batch_loss(models, rows_of(batch, s), 0)[1]["margins"] for s in slices]
+                parts = [batch_loss(rows_of(batch, s), 0)[1]["margins"] for s in slices]
             gaps = torch.cat(gather(parts, slices))  # (N,)
             batch["target_margins"] = dynamic_margins(gaps, options["gamma"], options["tau"])
         return batch
@@ -235,21 +239,20 @@ def main(cfg: Config) -> dict:
 
     @torch.no_grad()
     def evaluate() -> dict:
-        judged = [whole(policy), reference and whole(reference)]
-        batch = batch_extras(judged, valid, "validation", 0)
-        slices = slices_of(batch, cfg.micro_batch_tokens)
-        parts = [batch_loss(judged, rows_of(batch, s), max(TOP_K, top_k))[1] for s in slices]
+        batch = batch_extras(valid, "validation", 0)
+        slices = slices_of(batch, cfg.micro_batch_tokens, reads, again)
+        parts = [batch_loss(rows_of(batch, s), max(TOP_K, top_k))[1] for s in slices]
         found = means(parts, slices)
         return {f"eval/{key}": value for key, value in found.items()}
 
     for step in range(out.begin(policy, optimizer), total):
         began = time.time()
         batch = rows_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
-        batch = batch_extras(models, batch, "train", step)
-        slices = slices_of(batch, cfg.micro_batch_tokens)
+        batch = batch_extras(batch, "train", step)
+        slices = slices_of(batch, cfg.micro_batch_tokens, reads, again)
         parts = []
         for s in slices:
-            losses, logged = batch_loss(models, rows_of(batch, s), top_k)
+            losses, logged = batch_loss(rows_of(batch, s), top_k)
             (losses.sum() / cfg.batch_size).backward()
             parts.append(logged)
         metrics = means(parts, slices)
@@ -262,7 +265,6 @@ def main(cfg: Config) -> dict:
         out.log(step + 1, metrics, show=("loss", "accuracies", "logps/chosen"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer)
 
-    R = meta["response_tokens"]
     greedy, ended = generate_all(policy, valid_posts, 1, R, batch=64, progress="greedy samples")
     quality = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, gold(cfg.data_dir))
     return out.finish(policy, tokenizer, {**evaluate(), **quality})

@@ -4,8 +4,8 @@ As "N+", The N+ Implementation Details of RLHF with PPO (arXiv 2403.17031), prep
 data/tldr_prompts.py. Responses are never cut: what exceeds N+'s caps is counted. One difference:
 `<|endoftext|>` written out in a post or a summary is text and counted; N+ reads it as the end (token 0). The
 CNN/DM batches batch0_cnndm and cnndm0 are the same 437 rows upstream: kept twice as in N+, once with
---cnndm_once. A source directory has tldr_3_filtered/{train,validation,test} and
-comparisons/{train,validation}, each .parquet or .jsonl.
+--cnndm_once. Pairs have a soft label too (see `preference`). A source directory has
+tldr_3_filtered/{train,validation,test} and comparisons/{train,validation}, each .parquet or .jsonl.
 
     python data/tldr.py --out_dir=out/tldr
     python data/tldr.py --out_dir=out/sample/data --source=../shared/tldr --tokenizer=../shared/tokenizer.json
@@ -98,6 +98,18 @@ def sft_row(row: dict, template: Template) -> dict:
     return {**prompt_of(row, "", template), "reference_response": summary}
 
 
+def preference(confidence: int) -> float:
+    """Probability that the chosen summary is the better one, as far as the labeler's slider tells it.
+
+    The slider goes from 1 (surely the first summary) to 9 (surely the second); choice 0 comes with 1 to 4,
+    choice 1 with 6 to 9. What a step means is written nowhere (openai/summarize-from-feedback, arXiv
+    2009.01325), and no mapping to a probability is published. This one is ours: linear in the distance from
+    the middle, 5, where it is 1/2, to 1 at both ends: 0.625, 0.75, 0.875, 1. No confidence (-1): 1, a hard
+    label.
+    """
+    return 1.0 if confidence == -1 else 0.5 + abs(confidence - 5) / 8
+
+
 def pair_row(row: dict, template: Template) -> dict:
     """`batch` must be there, it decides the template. Site, worker, notes and the article of a Reddit post
     are not read."""
@@ -107,6 +119,9 @@ def pair_row(row: dict, template: Template) -> dict:
     if choice not in (0, 1) or len(summaries) != 2:
         raise UserError(f"{row['where']}: column 'choice' is {choice} of {len(summaries)} summaries, "
                         "expected 0 or 1 of two")
+    confidence = value(row, "extra.confidence", int, -1)
+    if confidence != -1 and not 1 <= confidence <= 9:
+        raise UserError(f"{row['where']}: column 'extra.confidence' is {confidence}, expected 1 to 9")
     return {
         **prompt_of(row, "info.", CNNDM if batch in CNNDM_BATCHES else template),
         "chosen": value(row, f"summaries.{choice}.text", str),
@@ -115,7 +130,8 @@ def pair_row(row: dict, template: Template) -> dict:
         "rejected_policy": value(row, f"summaries.{1 - choice}.policy", str, ""),
         "batch": batch,
         "split": value(row, "split", str, ""),
-        "confidence": value(row, "extra.confidence", int, -1),
+        "confidence": confidence,
+        "preference": preference(confidence),
     }
 
 
@@ -170,7 +186,7 @@ def add_tokens(tokenizer: Tokenizer, rows: list[dict], counts: Counter) -> list[
             out |= {name: row[name], f"{name}_token": t}
     if "chosen" not in rows[0]:
         return table
-    rest = ("chosen_policy", "rejected_policy", "batch", "split", "confidence")
+    rest = ("chosen_policy", "rejected_policy", "batch", "split", "confidence", "preference")
     return [out | {name: row[name] for name in rest} for out, row in zip(table, rows)]
 
 
@@ -182,7 +198,7 @@ def write_table(path: Path, rows: Iterable[dict], tokenizer: Tokenizer) -> Count
     try:
         while chunk := list(islice(rows, CHUNK)):
             table = add_tokens(tokenizer, chunk, counts)
-            kinds = {list: pa.list_(pa.int32()), int: pa.int32(), str: pa.string()}
+            kinds = {list: pa.list_(pa.int32()), int: pa.int32(), float: pa.float64(), str: pa.string()}
             schema = pa.schema([(name, kinds[type(item)]) for name, item in table[0].items()])
             writer = writer or pq.ParquetWriter(path, schema)
             writer.write_table(pa.Table.from_pylist(table, schema))

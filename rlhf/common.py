@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf.config import RunError, UserError
 from rlhf.data import check_tokenizer
-from rlhf.dist import by_kind, gradient_norm, join, sum_gradients
+from rlhf.dist import by_kind, gradient_norm, join, parameters, sum_gradients
 from rlhf.logprobs import compile_kernels
 from rlhf.model import NeoX, compile_layers
 from rlhf.pretrained import from_pretrained, load_tokenizer
@@ -110,7 +110,7 @@ def optimizer_step(
 
     Raises RunError, before the update, if the loss or the norm is not finite.
     """
-    learnt = [p for p in model.parameters() if p.grad is not None]
+    learnt = [p for p in parameters(model).values() if p.grad is not None]
     sum_gradients(learnt)
     norms = [gradient_norm([p.grad for p in kind]) for kind in by_kind(learnt)]
     norm = math.hypot(*norms)

@@ -62,8 +62,12 @@ def add_data_pair(responses: list, ended: Tensor, chosen: list, rejected: list) 
     return [own + list(pair) for own, pair in zip(responses, pairs)], torch.cat([ended, has_eos], 1)
 
 
-def compare(scores: Tensor, label: str, coins: Tensor, *, ranked: bool = False) -> Comparison:
+def compare(
+    scores: Tensor, label: str, coins: Tensor, wins: Tensor | None = None, *, ranked: bool = False,
+) -> Comparison:
     """Scores (N, K) -> the pair of each prompt: its two responses, or the best and the worst of more.
+
+    wins     (N,) probability that the first of two is the better one; None: sigmoid(d) of their scores
 
     hard     the higher score is the better response; ties are not kept
     sampled  the first is the better one if its coin, uniform in [0, 1), is below sigmoid(d)
@@ -79,7 +83,7 @@ def compare(scores: Tensor, label: str, coins: Tensor, *, ranked: bool = False) 
     second = scores.argmin(1) if K > 2 else torch.ones_like(coins, dtype=torch.long)  # (N,)
     order = torch.stack([first, second], 1)  # (N, 2)
     pair = scores.gather(1, order)
-    wins = torch.sigmoid(pair[:, 0] - pair[:, 1])  # (N,)
+    wins = torch.sigmoid(pair[:, 0] - pair[:, 1]) if wins is None else wins  # (N,)
     everyone = torch.ones_like(coins, dtype=torch.bool)
     if label == "soft":
         return Comparison(order, wins, everyone)

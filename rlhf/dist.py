@@ -7,7 +7,7 @@ every rank. Split: the model's work. Every rank knows the whole batch, computes 
 loss is divided by the count of the whole batch. On one device every function here gives back what it gets.
 
 What keeps ranks from waiting for each other for ever:
-1. A sharded model runs equally often on every rank; what cannot be dealt equally runs on a copy (`whole`).
+1. A sharded model runs equally often on every rank (`deal`); ranks decode on copies of it (`whole`).
 2. What one rank does alone touches no sharded tensor.
 3. Every decision is made from numbers that all ranks have.
 """
@@ -143,7 +143,8 @@ def share(n: int, most: int) -> list[slice]:
 
 def deal(slices: list[slice]) -> list[slice]:
     """This rank's share of a batch's micro-batches, in turns, equally many for each rank: the longest are
-    halved until the number divides; where all are of one prompt, some are joined in pairs."""
+    halved until the number divides; where all are of one prompt, some are joined in pairs. Of fewer prompts
+    than ranks, which no optimizer step has (`check_prompts`), the last one is computed several times."""
     slices = list(slices)
     while left := len(slices) % RANKS:
         sizes = [s.stop - s.start for s in slices]  # prompts
@@ -153,10 +154,11 @@ def deal(slices: list[slice]) -> list[slice]:
         if sizes[i] > 1:
             slices[i : i + 1] = [slice(start, middle), slice(middle, stop)]
             continue
-        if len(slices) > RANKS:  # fewer prompts than ranks: some ranks have nothing to do, see rule 1
-            pairs = zip(slices[: 2 * left : 2], slices[1 : 2 * left : 2])
-            slices[: 2 * left] = [slice(a.start, b.stop) for a, b in pairs]
-        break
+        if len(slices) < RANKS:
+            slices += [slices[-1]] * (RANKS - left)
+            break
+        pairs = zip(slices[: 2 * left : 2], slices[1 : 2 * left : 2])
+        slices[: 2 * left] = [slice(a.start, b.stop) for a, b in pairs]
     return slices[RANK::RANKS]
 
 
@@ -165,15 +167,15 @@ def gather(parts: list, slices: list[slice]) -> list:
     if RANKS == 1:
         return parts
     own = io.BytesIO()
-    torch.save([(s.start, part) for s, part in zip(slices, parts, strict=True)], own)
+    torch.save({s.start: part for s, part in zip(slices, parts, strict=True)}, own)
 
     def here(storage, place: str):
         return storage if place == "cpu" else storage.cuda()  # another rank's device becomes this one's
 
-    found = []
+    found = {}  # by the first prompt
     for other in exchange(own.getvalue()):
-        found += torch.load(io.BytesIO(other), map_location=here)
-    return [part for _, part in sorted(found, key=lambda pair: pair[0])]
+        found |= torch.load(io.BytesIO(other), map_location=here)
+    return [found[start] for start in sorted(found)]
 
 
 # --- a sharded model

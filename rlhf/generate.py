@@ -257,7 +257,7 @@ def generate_all(
     which share the prompts, changes a sample.
     """
     options = {"temperature": temperature, "top_p": top_p, "mixture": mixture}
-    models = [whole(model), reference and whole(reference)]
+    models = [whole(m) if m and used else m for m, used in ((model, mixture < 1), (reference, mixture > 0))]
     noise = None
     if temperature > 0:
         place = generator.device if generator else model.device

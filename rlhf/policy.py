@@ -32,6 +32,15 @@ def group_normalized(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
+def minus_all_drawn(rewards: Tensor, left_out: Tensor) -> Tensor:
+    """Reinforce-Ada (arXiv 2510.04996): the baseline is the mean over all samples drawn for the prompt, of
+    which these K were kept; nothing is divided by a deviation. (N, K) -> (N, K).
+
+    left_out  (N, 1) how far that mean of the score is above the mean of the K
+    """
+    return rewards - rewards.mean(1, keepdim=True) - left_out
+
+
 ADVANTAGES = {"rloo": leave_one_out, "grpo": group_normalized}
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from rlhf.config import UserError
-from rlhf.data import check_tables, has_column, read_table
+from rlhf.data import check_tables, column_names, has_column, read_table
 from rlhf.dist import deal
 from rlhf.forward import TokenStats, token_stats
 from rlhf.groups import Groups, micro_batches
+from rlhf.losses import RANKED
 from rlhf.masked import masked_mean, seq_logprobs
 from rlhf.model import EOS, NeoX
 
@@ -23,6 +24,7 @@ COLUMNS = {
     "scores": ["rewards"],
     "objectives": ["chosen_parts", "rejected_parts"],  # named parts of each response's reward
 }
+MADE_BY = {"preference": "data/toy.py or data/tldr.py"}  # a column: what writes it, if not data/toy.py alone
 AGAIN = "\n\nTL;DR:"  # after an answer that is shown: asks for another one
 
 Batch = dict[str, list | Tensor]
@@ -39,10 +41,14 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
     if not ranked and "scores" in wanted:  # the order of a pair is its ranking
         wanted.remove("scores")
     columns += [column for extra in wanted for column in COLUMNS[extra]]
+    if not ranked and not column_names(data_dir, table) and column_names(data_dir, "rankings_train"):
+        ranked_losses = " and --loss=".join(sorted(RANKED))
+        raise UserError(f"{data_dir} has rankings and no {table}: --loss={loss} compares two responses; "
+                        f"rankings are for --loss={ranked_losses}")
     for column in columns:
         if not has_column(data_dir, table, column) and not column.endswith("_token"):
             raise UserError(f"{data_dir}/{table}.parquet has no column {column}, which --loss={loss} reads: "
-                            "make the data with python data/toy.py --out_dir=... (the toy world knows it)")
+                            f"make the data with python {MADE_BY.get(column, 'data/toy.py')} --out_dir=...")
     check_tables(data_dir, [], (table, limit, 0))
     rows = read_table(data_dir, table, ["query_token", *columns], limit)
     pairs = None if ranked else [list(pair) for pair in zip(rows["chosen_token"], rows["rejected_token"])]
@@ -61,7 +67,7 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
 def read_sft(data_dir: str, table: str) -> Batch:
     """What SFT learned from, as columns that stand beside a pair's."""
     rows = read_table(data_dir, table, ["query_token", "reference_response_token"])
-    return {"sft_prompts": rows["query_token"], "sft_responses": rows["reference_response_token"]}
+    return {"other_prompts": rows["query_token"], "other_responses": rows["reference_response_token"]}
 
 
 def check_preferences(path: str, batch: Batch) -> None:
@@ -81,26 +87,38 @@ def rows_of(batch: Batch, rows: list[int] | slice) -> Batch:
     return {key: [values[i] for i in rows] for key, values in batch.items()}
 
 
-def slices_of(batch: Batch, tokens: int) -> list[slice]:
-    """This rank's micro-batches of at most this many tokens."""
-    return deal(micro_batches(batch["prompts"], batch["responses"], tokens))
+def slices_of(batch: Batch, tokens: int, reads: set[str], again: list[int]) -> list[slice]:
+    """This rank's micro-batches of at most this many tokens, those of the further groups of a loss among
+    them."""
+    prompts, responses = batch["prompts"], batch["responses"]
+    held = list(responses)  # of each pair what its rows hold beside the prompt
+    if "improved" in reads:
+        shown = [shown_prompts(*pair, again) for pair in zip(prompts, responses)]
+        held = [answers + both + 2 * answers for answers, both in zip(held, shown)]
+    if "other_prompts" in batch:
+        others = zip(held, batch["other_prompts"], batch["other_responses"])
+        held = [[*parts, prompt, response] for parts, prompt, response in others]
+    return deal(micro_batches(prompts, held, tokens))
 
 
 # --- what models compute
 
 
-def sft_logprobs(model: NeoX, batch: Batch, pack_rows: Callable[..., Groups]) -> Tensor:
-    """(N,) log pi of the summaries that SFT learned from, one of its rows beside each pair."""
-    groups = pack_rows(batch["sft_prompts"], [[response] for response in batch["sft_responses"]])
+def other_logprobs(model: NeoX, batch: Batch, pack_rows: Callable[..., Groups]) -> Tensor:
+    """(N,) log pi of the one more response beside each pair: what SFT learned from, or a sample."""
+    groups = pack_rows(batch["other_prompts"], [[response] for response in batch["other_responses"]])
     return seq_logprobs(token_stats(model, groups).logprobs, groups.response_mask)[:, 0]
+
+
+def shown_prompts(prompt: list[int], answers: list[list[int]], again: list[int]) -> list[list[int]]:
+    """Per answer a prompt that shows it and asks for another one."""
+    return [prompt + [token for token in answer if token != EOS] + again for answer in answers]
 
 
 def shown_logprobs(model: NeoX, batch: Batch, again: list[int], pack_rows: Callable[..., Groups]) -> Tensor:
     """(N, 2, 2) log pi(y_j | x, y_i): answer i stands behind the prompt, and answer j is given."""
-    shown = [
-        prompt + [token for token in answer if token != EOS] + again
-        for prompt, answers in zip(batch["prompts"], batch["responses"]) for answer in answers
-    ]
+    pairs = zip(batch["prompts"], batch["responses"])
+    shown = [prompt for pair in pairs for prompt in shown_prompts(*pair, again)]
     groups = pack_rows(shown, [answers for answers in batch["responses"] for _ in answers])
     return seq_logprobs(token_stats(model, groups).logprobs, groups.response_mask).view(-1, 2, 2)
 
@@ -119,11 +137,11 @@ def model_extras(
     if "competitors" in reads:
         out["competitors"] = competitors(stats, top_k)[:, 1]  # (N, R, k), of the rejected response
     if "target" in reads:
-        out["target"] = sft_logprobs(policy, batch, pack_rows)  # (N,)
-    if "calibration" in reads and "sft_prompts" in batch:
+        out["target"] = other_logprobs(policy, batch, pack_rows)  # (N,)
+    if "calibration" in reads and "other_prompts" in batch:
         with torch.no_grad():
-            ref_logprobs = sft_logprobs(reference, batch, pack_rows)
-        out["calibration"] = sft_logprobs(policy, batch, pack_rows) - ref_logprobs  # (N,)
+            ref_logprobs = other_logprobs(reference, batch, pack_rows)
+        out["calibration"] = other_logprobs(policy, batch, pack_rows) - ref_logprobs  # (N,)
     if "improved" in reads:
         with torch.no_grad():
             ref_logprobs = shown_logprobs(reference, batch, again, pack_rows)

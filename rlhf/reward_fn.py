@@ -4,7 +4,10 @@
 
 of responses without their EOS; prompts[i] is the one that texts[i] answers. It is called with some prompts of
 the batch at a time, all K responses to each in a row. What it returns takes the place of the reward model's
-scores: the missing-EOS rule and the terms of --reward come after it.
+scores: the missing-EOS rule and the terms of --reward come after it. A function that compares,
+--compare_fn=file.py:name of train_online.py, takes a third list, the other responses, and returns the
+probability that the first response is the better one. A language model as such functions:
+evaluation/judge_fn.py.
 """
 
 import importlib.util
@@ -15,13 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlhf.config import RunError, UserError
-from rlhf.summaries import texts_of
 
-RewardFn = Callable[[list[str], list[str]], list[float]]
+RewardFn = Callable[..., list[float]]  # (prompts, texts), or to compare (prompts, texts, others)
 
 
 def told(error: BaseException, path: Path) -> str:
@@ -31,14 +32,16 @@ def told(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}{where}: {error}".replace("\n", " ")
 
 
-def load_reward_fn(name: str) -> RewardFn:
-    """The function that `name`, "file.py:function", stands for. Raises UserError if there is none."""
+def load_reward_fn(name: str, option: str = "reward_fn") -> RewardFn | None:
+    """The function that `name`, "file.py:function", stands for; None for "". UserError if there is none."""
+    if not name:
+        return None
     file, _, function = name.rpartition(":")
     path = Path(file)
     if path.suffix != ".py" or not function:
-        raise UserError(f"--reward_fn={name}: expected file.py:function")
+        raise UserError(f"--{option}={name}: expected file.py:function")
     if not path.is_file():
-        raise UserError(f"--reward_fn={name}: no such file: {path}")
+        raise UserError(f"--{option}={name}: no such file: {path}")
     path = path.resolve()
     sys.path.append(str(path.parent))  # for what it imports from beside it
     spec = importlib.util.spec_from_file_location(f"reward_fn_{path.stem}", path)
@@ -47,43 +50,46 @@ def load_reward_fn(name: str) -> RewardFn:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the file is the user's: anything can happen
-        raise UserError(f"--reward_fn={name}: {path} cannot be imported: {told(error, path)}") from error
+        raise UserError(f"--{option}={name}: {path} cannot be imported: {told(error, path)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         there = ", ".join(key for key, _ in inspect.getmembers(module, inspect.isfunction)) or "none"
-        raise UserError(f"--reward_fn={name}: no function {function} in {path} (functions there: {there})")
+        raise UserError(f"--{option}={name}: no function {function} in {path} (functions there: {there})")
     return found
 
 
-def rewards_of(reward_fn: RewardFn, prompts: list[str], texts: list[str]) -> Tensor:
-    """What `reward_fn` returns, (n,) float32. RunError, with a prompt, unless it is n finite numbers."""
-    name = f"--reward_fn: {getattr(reward_fn, '__name__', 'the function')}"
+def rewards_of(function: RewardFn, prompts: list[str], *texts: list[str]) -> Tensor:
+    """What the function returns, (n,) float32. RunError, with a prompt, unless it is n finite numbers."""
+    option = "--reward_fn" if len(texts) == 1 else "--compare_fn"
+    name = f"{option}: {getattr(function, '__name__', 'the function')}"
     go_on = "mend it and continue with --resume"
+    n = len(prompts)
     try:
-        returned = reward_fn(list(prompts), list(texts))
+        returned = function(list(prompts), *map(list, texts))
     except Exception as error:  # the function is the user's: anything can happen
-        path = Path(inspect.getsourcefile(reward_fn) or "") if inspect.isfunction(reward_fn) else Path()
+        path = Path(inspect.getsourcefile(function) or "") if inspect.isfunction(function) else Path()
         raise RunError(
-            f"{name} raised {told(error, path)}, for {len(texts)} texts, the first of them a response to "
+            f"{name} raised {told(error, path)}, for {n} texts, the first of them a response to "
             f"{shown(prompts[0])}; {go_on}"
         ) from error
     try:
         rewards = torch.as_tensor(returned, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise RunError(
-            f"{name} returned {shown(returned)}, no list of {len(texts)} numbers, for texts of which the "
+            f"{name} returned {shown(returned)}, no list of {n} numbers, for texts of which the "
             f"first answers {shown(prompts[0])}; {go_on}"
         ) from error
-    if rewards.shape != (len(texts),):
+    if rewards.shape != (n,):
         raise RunError(
-            f"{name} returned the shape {tuple(rewards.shape)} for {len(texts)} texts, of which the first "
+            f"{name} returned the shape {tuple(rewards.shape)} for {n} texts, of which the first "
             f"answers {shown(prompts[0])}: one number for each text is needed; {go_on}"
         )
-    if len(bad := (~rewards.isfinite()).nonzero()):
+    possible = rewards.isfinite() if len(texts) == 1 else (rewards >= 0) & (rewards <= 1)
+    if len(bad := (~possible).nonzero()):
         i = bad[0].item()
         raise RunError(
-            f"{name} returned {rewards[i].item()} for the text {shown(texts[i])}, a response to "
-            f"{shown(prompts[i])}; {go_on}"
+            f"{name} returned {rewards[i].item()} for the text {shown(texts[0][i])}, a response to "
+            f"{shown(prompts[i])}{'' if len(texts) == 1 else ': a probability is needed'}; {go_on}"
         )
     return rewards
 
@@ -91,14 +97,3 @@ def rewards_of(reward_fn: RewardFn, prompts: list[str], texts: list[str]) -> Ten
 def shown(thing: object, most: int = 120) -> str:
     text = repr(thing)
     return text if len(text) <= most else f"{text[:most]}..."
-
-
-def function_scores(
-    reward_fn: RewardFn, tokenizer: Tokenizer, device: torch.device, prompts: list[list[int]],
-    responses: list[list[list[int]]], references: list,
-) -> tuple[Tensor, Tensor]:
-    """Scores (n, K) of K responses to each of n prompts, given as tokens; of references none (n, 0)."""
-    K = len(responses[0])
-    queries = [query for query in tokenizer.decode_batch(prompts) for _ in range(K)]
-    scores = rewards_of(reward_fn, queries, texts_of(tokenizer, responses)).view(-1, K).to(device)
-    return scores, scores[:, :0]

@@ -61,6 +61,7 @@ REWARDS = {
     "chi2": chi2,
     "ref_logprob": ref_logprob,
 }
+ENTROPY_BONUS = ("maxent", "maxent_length")  # terms whose coefficient can follow the entropy: `adapted`
 # of a term that is given without one: the KL's in summarize_from_feedback_details (github vwxyzjn), ppo.py
 COEFFICIENT = 0.05
 
@@ -124,6 +125,35 @@ def rlhf_reward(
             terms[name] = REWARDS[name](logprob, ref_logprob, length)  # (N, K)
             rewards = rewards + coefficient * terms[name]
     return rewards, terms
+
+
+def own_terms(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, coefficients: dict[str, float],
+) -> Tensor:
+    """The terms with their coefficients, (N, K), differentiable: what `rlhf_reward` treats as a constant.
+
+    Climbed beside the reward, their gradient makes that of the objective E[reward] whole. In expectation it
+    is 0 for kl and maxent, and for maxent_length that of -coefficient E[1/|y|] (README).
+    """
+    logprob = seq_logprobs(logprobs, mask)  # (N, K)
+    ref_logprob = seq_logprobs(ref_logprobs, mask)  # (N, K)
+    terms = [(REWARDS[name], c) for name, c in coefficients.items() if name != "score"]
+    return sum(c * term(logprob, ref_logprob, lengths(mask)) for term, c in terms)  # (N, K)
+
+
+def entropy_bonus(reward: str) -> str | None:
+    """The one entropy bonus of --reward; None without one, and with two."""
+    found = [name for name in ENTROPY_BONUS if name in parse_reward(reward)]
+    return found[0] if len(found) == 1 else None
+
+
+def adapted(coefficient: float, entropy: float, target: float, rate: float) -> float:
+    """The entropy bonus's coefficient at the next update: raised by rate x (target - entropy), at least 0.
+
+    One global coefficient that holds the entropy (nats per token) at a target, as in AER (arXiv 2510.10959);
+    without AER's weights by the difficulty of a prompt.
+    """
+    return max(0.0, coefficient + rate * (target - entropy))
 
 
 def missing_eos(scores: Tensor, ended: Tensor, *, rule: str, penalty: float) -> Tensor:

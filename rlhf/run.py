@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from rlhf.checkpoint import restore, state_tensors
 from rlhf.config import UserError
-from rlhf.dist import FIRST, on_first, parameters
+from rlhf.dist import FIRST, on_first
 from rlhf.files import checksum, fingerprint, identity, move_in, remove, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
@@ -29,16 +29,7 @@ from rlhf.out_dir import (
     named,
     unlock,
 )
-from rlhf.pretrained import (
-    check_found,
-    load_tensors,
-    load_weights,
-    read_json,
-    resolve,
-    save_pretrained,
-    save_tensors,
-    weight_files,
-)
+from rlhf.pretrained import read_json, resolve, save_pretrained, save_tensors
 from rlhf.trackers import Trackers
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
@@ -48,6 +39,12 @@ MAY_CHANGE = {  # at a resume: where and how fast, but no number
 OTHER_SAMPLES = {"eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
 INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a run reads
+
+
+def named_by(config, name: str) -> list[str]:
+    """The paths or ids that an option of INPUTS names: none, one, or several reward models."""
+    value = getattr(config, name, "")
+    return [part for part in (value.split(",") if name == "reward_model" else [value]) if part]
 
 
 def finite(record: dict) -> dict:
@@ -65,17 +62,6 @@ def resumable(out: Path) -> list[Path]:
         raise UserError(f"{old[0]} is of an earlier version: its optimizer state (trainer.pt) is not read "
                         f"any more; begin a new run with --model={old[0]}")
     return [path for path in found if any(path.glob(LAST_TO_GO))]
-
-
-def check_whole(checkpoint: Path) -> None:
-    """Raises UserError unless every file has the checksum that it was written with."""
-    sums = checkpoint / "checksums.json"
-    if not sums.exists():  # of a version without them
-        return
-    for name, expected in read_json(sums).items():
-        file = checkpoint / name
-        if not file.exists() or checksum(file) != expected:
-            raise UserError(f"{file}: damaged (its checksum is another than when it was written)")
 
 
 class Run:
@@ -97,7 +83,7 @@ class Run:
         self.track = Trackers(config)
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
-        names = [getattr(config, name, "") for name in INPUTS]
+        names = [path for name in INPUTS for path in named_by(config, name)]
         self.about = check_out_dir(config, *names)
         check_ranks(config, self.about, self.inputs)
         self.finished = False
@@ -129,13 +115,15 @@ class Run:
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """{option: fingerprint of what it names}."""
-        given = {name: getattr(self.config, name, "") for name in INPUTS}
         revision = getattr(self.config, "revision", "main")
         found = {}
-        for name, value in given.items():
-            if value:
+        for name in INPUTS:
+            values = named_by(self.config, name)
+            for value in values:
                 path = Path(value) if name == "data_dir" else resolve(value, revision)
-                found[name] = fingerprint(path)
+                folder = f"{value}/" if len(values) > 1 else ""
+                files = {folder + file: mark for file, mark in fingerprint(path).items()}
+                found[name] = found.get(name, {}) | files
         if source := getattr(self.config, "reward_fn", "").rpartition(":")[0]:
             found["reward_fn"] = {source: identity(Path(source))}
         return found
@@ -302,62 +290,3 @@ def read_lines(metrics: Path, last: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
-
-
-def restore(
-    checkpoints: list[Path], model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None,
-    critic: NeoX | None,
-) -> int:
-    """Loads the newest checkpoint; returns its step."""
-    newest = checkpoints[0]
-    try:
-        on_first(lambda: check_whole(newest))
-        load_weights(model, newest)
-        state = load_state(newest, model, optimizer, critic)
-    except UserError as error:
-        advice = "it was the only one: start anew with --overwrite"
-        if len(checkpoints) > 1:
-            advice = f"remove {newest} to go on from {checkpoints[1].name}"
-        raise UserError(f"{error}; {advice}") from error
-    if generator is not None:
-        try:
-            generator.set_state(state["generator"])
-        except (RuntimeError, KeyError) as error:  # a CPU's and a GPU's generators have nothing in common
-            raise UserError(f"{newest} was written on another kind of device: its samples cannot be "
-                            f"continued on {generator.device}") from error
-    return int(state["step"])
-
-
-def state_tensors(
-    model: NeoX, optimizer: torch.optim.Optimizer, critic: NeoX | None,
-) -> dict[str, torch.Tensor]:
-    """What optimizer.safetensors holds: Adam's state, named by the parameters, and the critic's weights."""
-    learnt = parameters(model)
-    weights = {f"critic.{name}": weight for name, weight in parameters(critic).items()} if critic else {}
-    out = dict(weights)
-    for name, parameter in (learnt | weights).items():
-        for key, value in optimizer.state[parameter].items():
-            out[f"{key}.{name}"] = value.view(1) if value.dim() == 0 else value  # Adam's count of steps
-    return out
-
-
-def load_state(
-    checkpoint: Path, model: NeoX, optimizer: torch.optim.Optimizer, critic: NeoX | None,
-) -> dict[str, torch.Tensor]:
-    """Fills what `state_tensors` names and sets torch's generator; returns the rest, the step among it."""
-    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
-        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    files = weight_files(checkpoint, "optimizer")
-    missing, others = load_tensors(state_tensors(model, optimizer, critic), files)
-    check_found(checkpoint, missing | ({"step", "rng"} - others.keys()))
-    rest = {}
-    for key, file in others.items():
-        with safe_open(file, "pt") as tensors:
-            rest[key] = tensors.get_tensor(key)
-    try:
-        torch.set_rng_state(rest["rng"])
-        int(rest["step"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{files[0]}: not readable ({error})") from error
-    return rest

@@ -88,14 +88,15 @@ def sampled_summaries(tokenizer: Tokenizer, responses: list[list[list[int]]], en
 
 
 SAMPLES = 3  # prompts of a batch that `log_samples` shows
+SHOWN = {"score": "scores", "reward": "rewards", "ended": "ended", "gold": "gold"}  # of each response
 
 
 def log_samples(
     file: Path, step: int, tokenizer: Tokenizer, prompts: list[list[int]], responses: list[list[list[int]]],
     batch: dict[str, Tensor],
 ) -> None:
-    """Adds the first prompts of a scored rollout to a jsonl file, each response with score, reward and ended.
-    Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
+    """Adds the first prompts of a scored rollout to a jsonl file, each response with SHOWN as far as it is
+    known. Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
     if not FIRST:
         return
     lines = file.read_text().splitlines() if file.exists() else []
@@ -103,9 +104,10 @@ def log_samples(
     texts = texts_of(tokenizer, responses[:SAMPLES])
     K = len(responses[0])
     for n, prompt in enumerate(tokenizer.decode_batch(prompts[:SAMPLES])):
-        columns = [batch[name][n].tolist() for name in ("scores", "rewards", "ended")]
-        rows = zip(texts[n * K : (n + 1) * K], *columns, strict=True)
-        shown = [finite(dict(zip(("text", "score", "reward", "ended"), row))) for row in rows]
+        columns = {key: batch[name][n].tolist() for key, name in SHOWN.items() if name in batch}
+        own = texts[n * K : (n + 1) * K]
+        rows = [dict(zip(columns, numbers)) for numbers in zip(*columns.values(), strict=True)]
+        shown = [{"text": text, **finite(row)} for text, row in zip(own, rows, strict=True)]
         kept.append(json.dumps({"step": step, "prompt": prompt, "responses": shown}))
     write_file(file, "".join(line + "\n" for line in kept))
 

@@ -3,14 +3,16 @@
     1 RLHF works      RLOO with a KL term gains at least 0.15 gold over SFT, its 95 % interval is above 0.05;
                       DPO gains too
     2 then it fails   without a constraint gold rises for 15 updates, peaks above SFT and ends below its peak,
-                      each by 0.1 at least
+                      each by 0.1 at least, for every seed
     3 the proxy       right on 70 to 78 % of unseen pairs; the labels' Bayes optimum is 80 to 88 %
     4 size            gold of SFT, greedy and sampled, rises from small to medium to large, each time by more
-                      than the standard error
+                      than the standard error (the larger of two: over posts, and over seeds of SFT)
     5 temperature     RLOO gains more than twice what any other temperature of the SFT model gains
-    6 robust          the same signs and order for all seeds, other matrix kernels and another thread count
+    6 robust          the same signs, and the order by gold "without KL (reward alone, MaxEnt) < offline (DPO,
+                      SimPO) < KL", for all seeds, other matrix kernels and another thread count
 
-Seed s has its own reward model, prompts and samples. Run again, it goes on where it was stopped.
+Seed s has its own reward model, prompts and samples. Run again, it goes on where it was stopped. No setting
+was chosen with these seeds, nor with this seed of the world.
 
     python -m study.instrument --out_dir=out/instrument          (JOBS=2 runs at a time)
 
@@ -42,7 +44,9 @@ from rlhf.summaries import Post, Summary, read_posts, sampled_summaries
 from study.logs import read_columns
 
 SIZES = ("small", "medium", "large")
-SEEDS = (1, 2, 3, 4, 5)
+SEEDS = (11, 12, 13, 14, 15)
+SFT_SEEDS = (11, 12, 13)
+WORLD = 11
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
 PAPER = 0.7  # the temperature of training and of the judged samples
 WINDOW = 8  # updates in a mean of the log
@@ -54,9 +58,10 @@ SFT += " --max_grad_norm=1"
 RM = "--lr=1.5e-3 --warmup=0.05 --batch_size=32 --train_rows=20000 --center_rows=500"
 RLOO = "--k=4 --batch_size=64 --episodes=6400 --ppo_epochs=1 --lr=1e-4 --schedule=constant"
 RLOO += " --temperature=0.7"
-KL = "--reward=kl:0.1"
-FREE = "--reward=kl:0 --save_every=20 --keep=0"
-DPO = "--loss=dpo --train_rows=5000 --batch_size=32 --lr=1e-4"
+REWARDS = {"kl": "kl:0.1", "free": "kl:0 --save_every=20 --keep=0", "maxent": "maxent_length:0.1"}
+OFFLINE = "--train_rows=5000 --batch_size=32 --lr=1e-4"
+GROUPS = (("free", "maxent"), ("simpo", "dpo"), ("kl",))  # ascending in gold; no order is claimed within one
+METHODS = [name for group in GROUPS for name in group]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,21 +103,40 @@ def start_all(tasks: list[Task], logs: Path, env: dict[str, str]) -> None:
 def pipeline(data: Path, base: str, to: Path, seeds: list[int], rows: int) -> list[list[Task]]:
     """Stages for one size of model; the tasks of a stage need the stages before."""
     common = f"--resume --data_dir={data}"
-    sft = to / "sft"
+    sft, first = to / "sft", SFT_SEEDS[0]
     evaluate = f"evaluate.py {common} --judge=gold --n={rows} --ref_model={sft}"
     runs = []
     for s in seeds:
         rloo = f"train_rloo.py {common} --model={sft} --reward_model={to}/rm_s{s} --seed={s} {RLOO}"
-        runs += [Task(to / f"kl_s{s}", f"{rloo} {KL}"), Task(to / f"free_s{s}", f"{rloo} {FREE}")]
-        runs.append(Task(to / f"dpo_s{s}", f"train_simpo.py {common} --model={sft} --seed={s} {DPO}"))
+        runs += [Task(to / f"{name}_s{s}", f"{rloo} --reward={reward}") for name, reward in REWARDS.items()]
+        offline = f"train_simpo.py {common} --model={sft} --seed={s} {OFFLINE}"
+        runs += [Task(to / f"{loss}_s{s}", f"{offline} --loss={loss}") for loss in ("simpo", "dpo")]
     models = ",".join([str(sft), *(str(task.out) for task in runs)])
     at = f"--temperature={PAPER} --sample_temperature={PAPER}"
     return [
-        [Task(sft, f"train_sft.py {common} --model={base} {SFT}")],
+        [Task(sft, f"train_sft.py {common} --model={base} --seed={first} {SFT}")],
         [Task(to / f"rm_s{s}", f"train_rm.py {common} --model={sft} --seed={s} {RM}") for s in seeds],
         runs,
-        [Task(to / "eval", f"{evaluate} --model={models} {at}", done="metrics.jsonl")] if seeds else [],
+        [Task(to / "eval", f"{evaluate} --model={models} {at}", done="metrics.jsonl")] if runs else [],
     ]
+
+
+def other_sizes(out: Path) -> list[Task]:
+    """More seeds of every SFT model, and a reward model of every size."""
+    tasks = []
+    for size in SIZES:
+        common = f"--resume --data_dir={out / size / 'data'}"
+        base = out / size / "data" / "base"
+        for s in SFT_SEEDS[1:]:
+            command = f"train_sft.py {common} --model={base} --seed={s} {SFT}"
+            tasks.append(Task(out / size / f"sft_s{s}", command))
+        rm = f"train_rm.py {common} --model={out / size / 'sft'} --seed={SEEDS[0]} {RM}"
+        tasks.append(Task(out / size / f"rm_s{SEEDS[0]}", rm))
+    return tasks
+
+
+def sft_models(folder: Path) -> list[Path]:
+    return [folder / "sft", *(folder / f"sft_s{s}" for s in SFT_SEEDS[1:])]
 
 
 # --- measuring
@@ -177,24 +201,29 @@ def spread(values: list[float]) -> str:
 
 def works(rows: dict[str, dict], seeds: list[int]) -> tuple[bool, str]:
     kl, dpo = gains(rows, "kl", seeds), gains(rows, "dpo", seeds)
-    passed = mean(kl) >= 0.15 and t_interval(kl)[1] > 0.05 and t_interval(dpo)[0] > 0
+    passed = mean(kl) >= 0.15 and t_interval(kl)[1] > 0.05 and mean(dpo) > 0
     return passed, f"gain over SFT ({rows['sft']['gold']:.2f}): RLOO with KL {spread(kl)}, DPO {spread(dpo)}"
 
 
-def fails(folder: Path, seeds: list[int]) -> tuple[bool, str]:
+def fails(folder: Path, sft: float, seeds: list[int]) -> tuple[bool, str]:
     passed, parts = True, []
     for s in seeds:
         curve = smoothed(read_columns(folder / f"free_s{s}" / "metrics.jsonl")["gold"])
         peak = int(curve.argmax())
-        passed &= peak >= 15 and curve[peak] - curve[0] > 0.1 and curve[peak] - curve[-1] > 0.1
-        parts.append(f"{curve[0]:.2f} -> {curve[peak]:.2f} at {peak} -> {curve[-1]:.2f}")
-    return passed, f"gold without a constraint, means of {WINDOW} updates: " + "; ".join(parts)
+        passed &= bool(peak >= 15 and curve[peak] - sft > 0.1 and curve[peak] - curve[-1] > 0.1)
+        parts.append(f"{curve[0]:.2f} -> {curve[peak]:.2f} from update {peak + 1} -> {curve[-1]:.2f}")
+    shown = f"gold without a constraint, means of {WINDOW} updates (SFT {sft:.2f}): "
+    return passed, shown + "; ".join(parts)
+
+
+def rm_accuracy(folder: Path, seed: int) -> float:
+    return read_json(folder / f"rm_s{seed}" / "result.json")["accuracy"]
 
 
 def proxy(
     folder: Path, bayes: float, seeds: list[int], on_samples: dict[str, list[float]],
 ) -> tuple[bool, str]:
-    right = [read_json(folder / f"rm_s{s}" / "result.json")["accuracy"] for s in seeds]
+    right = [rm_accuracy(folder, s) for s in seeds]
     along = "; ".join(f"seed {s}: {' '.join(f'{v:.2f}' for v in values)}" for s, values in on_samples.items())
     passed = 0.70 <= mean(right) <= 0.78 and 0.80 <= bayes <= 0.88
     shown = " ".join(f"{v:.3f}" for v in right)
@@ -202,14 +231,24 @@ def proxy(
     return passed, measured
 
 
-def size_helps(golds: dict[str, dict[str, list[float]]]) -> tuple[bool, str]:
+def larger_error(differences: np.ndarray) -> float:  # (seeds, posts) -> the larger standard error
+    """Of a mean difference of two sizes: over posts, or over seeds of SFT."""
+    over_posts = differences.mean(0).std(ddof=1) / differences.shape[1] ** 0.5
+    over_seeds = differences.mean(1).std(ddof=1) / differences.shape[0] ** 0.5
+    return max(over_posts, over_seeds)
+
+
+def size_helps(golds: dict[str, dict[str, list[list[float]]]]) -> tuple[bool, str]:
+    """golds[size][temperature][seed of SFT]: gold of every post, the same posts everywhere."""
     passed, parts = True, []
     for temperature in (str(0.0), str(PAPER)):
-        columns = [np.array(golds[size][temperature]) for size in SIZES]
-        for less, more in zip(columns, columns[1:]):
-            difference = more - less  # on the same posts
-            passed &= difference.mean() > difference.std() / len(difference) ** 0.5
-        parts.append(f"T = {temperature}: " + " < ".join(f"{column.mean():.3f}" for column in columns))
+        columns = [np.array(golds[size][temperature]) for size in SIZES]  # (seeds, posts) each
+        steps = [more - less for less, more in zip(columns, columns[1:])]
+        passed &= all(step.mean() > larger_error(step) for step in steps)
+        seeds = [" ".join(f"{gold:.2f}" for gold in column.mean(1)) for column in columns]
+        shown = " < ".join(f"{column.mean():.3f} ({each})" for column, each in zip(columns, seeds))
+        errors = " and ".join(f"{larger_error(step):.3f}" for step in steps)
+        parts.append(f"T = {temperature}: {shown}, standard errors of the steps {errors}")
     return bool(passed), "; ".join(parts)
 
 
@@ -225,17 +264,22 @@ def not_temperature(
 
 
 def order(rows: dict[str, dict], seed: int) -> tuple:
-    """Signs of the gains, and the order of the methods by gold."""
-    gold = {name: rows[f"{name}_s{seed}"]["gold"] for name in ("kl", "free", "dpo")}
-    signs = tuple(value > rows["sft"]["gold"] for value in gold.values())
-    return signs, tuple(sorted(gold, key=gold.get))
+    """Signs of the gains over SFT, and the group of each method, ascending by gold."""
+    gold = {name: rows[f"{name}_s{seed}"]["gold"] for name in METHODS}
+    signs = tuple("+" if gold[name] > rows["sft"]["gold"] else "-" for name in METHODS)
+    group = {name: index for index, names in enumerate(GROUPS) for name in names}
+    return signs, tuple(group[name] for name in sorted(gold, key=gold.get))
 
 
 def robust(rows: dict[str, dict], other: dict[str, dict], seeds: list[int]) -> tuple[bool, str]:
-    orders = [order(rows, s) for s in seeds]
-    again = order(other, seeds[0])
-    shown = [" < ".join(names) for _, names in [*orders, again]]
-    return len({*orders, again}) == 1, "by gold, the last with other kernels: " + "; ".join(shown)
+    sweeps = [(rows, s) for s in seeds] + [(other, seeds[0])]
+    orders = {order(sweep, s) for sweep, s in sweeps}
+    shown = []
+    for sweep, s in sweeps:
+        gold = {name: sweep[f"{name}_s{s}"]["gold"] for name in METHODS} | {"SFT": sweep["sft"]["gold"]}
+        shown.append(" < ".join(f"{name} {gold[name]:.2f}" for name in sorted(gold, key=gold.get)))
+    ascending = all(list(groups) == sorted(groups) for _, groups in orders)
+    return len(orders) == 1 and ascending, "by gold, the last with other kernels: " + "; ".join(shown)
 
 
 def main(cfg: Config) -> None:
@@ -246,7 +290,7 @@ def main(cfg: Config) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     one = {"OMP_NUM_THREADS": "1"}
-    make = "data/toy.py --overwrite --size="
+    make = f"data/toy.py --overwrite --seed={WORLD} --size="
     worlds = [Task(out / size / "data", make + size, "meta.json") for size in SIZES]
     start_all(worlds, logs, one)
     medium, data = out / "medium", out / "medium" / "data"
@@ -254,13 +298,14 @@ def main(cfg: Config) -> None:
                             seeds if size == "medium" else [], cfg.rows) for size in SIZES}
     for stage in zip(*plans.values()):
         start_all([task for tasks in stage for task in tasks], logs, one)
+    start_all(other_sizes(out), logs, one)
     other = out / "other_kernels"
     for tasks in pipeline(data, f"{data}/base", other, seeds[:1], cfg.rows):
         for task in tasks:
             start(task, logs, OTHER_KERNELS)
 
     def temperatures() -> dict:
-        return {size: {str(t): gold_of(out / size / "sft", out / size / "data", t, cfg.rows)
+        return {size: {str(t): [gold_of(model, data, t, cfg.rows) for model in sft_models(out / size)]
                        for t in TEMPERATURES} for size in SIZES}
 
     def along() -> dict:
@@ -276,12 +321,13 @@ def main(cfg: Config) -> None:
     preference = pairs["preference"].to_numpy()
     bayes = float(np.maximum(preference, 1 - preference).mean())
     rows = evaluations(medium)
+    at_sft = {t: values[0] for t, values in golds["medium"].items()}  # of the SFT model that all start from
     criteria = {
         "1 RLHF works": works(rows, seeds),
-        "2 then it fails": fails(medium, seeds),
+        "2 then it fails": fails(medium, rows["sft"]["gold"], seeds),
         "3 the proxy": proxy(medium, bayes, seeds, on_samples),
         "4 size helps": size_helps(golds),
-        "5 not temperature": not_temperature(golds["medium"], rows, seeds),
+        "5 not temperature": not_temperature(at_sft, rows, seeds),
         "6 robust": robust(rows, evaluations(other), seeds),
     }
     lines = ["| criterion | | measured |", "|---|---|---|"]
@@ -291,12 +337,14 @@ def main(cfg: Config) -> None:
         lines.append(f"| {name} | {verdict} | {measured} |")
     lines += ["", "| method | gold | KL | entropy |", "|---|---|---|---|"]
     for t in TEMPERATURES:
-        lines.append(f"| SFT at temperature {t} | {mean(golds['medium'][str(t)]):.2f} | | |")
-    for name in ("kl", "free", "dpo"):
+        lines.append(f"| SFT at temperature {t} | {mean(at_sft[str(t)]):.2f} | | |")
+    for name in reversed(METHODS):
         own = [rows[f"{name}_s{s}"] for s in seeds]
         gold = [row["gold"] for row in own]
         kl, entropy = mean(row["kl"] for row in own), mean(row["entropy"] for row in own)
         lines.append(f"| {name} | {mean(gold):.2f} ± {stdev(gold):.2f} | {kl:.1f} | {entropy:.2f} |")
+    accuracies = ", ".join(f"{size} {rm_accuracy(out / size, seeds[0]):.3f}" for size in SIZES)
+    lines += ["", f"Accuracy of reward models by size (seed {seeds[0]}): {accuracies}."]
     (out / "instrument.md").write_text("\n".join(lines) + "\n")
     result = {name: {"passed": bool(p), "measured": measured} for name, (p, measured) in criteria.items()}
     (out / "instrument.json").write_text(json.dumps(result, indent=2) + "\n")

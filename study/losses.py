@@ -3,25 +3,28 @@ data.
 
     python -m study.losses --runs=out/losses            (the folder that runs/losses.sh fills)
 
-Per loss the mean over seeds, and in brackets the smallest and the largest: gold reward, KL to the SFT model
-and length of sampled summaries of the final model (evaluate.py); the change of log pi(chosen) in nats per
-sequence from the first updates of training to the last (of a ranking, of its best response).
+Per loss mean ± standard deviation over seeds: gold reward, KL to the SFT model and length of sampled
+summaries of the final model (evaluate.py); the change of log pi(chosen) in nats per sequence from the first
+updates of training to the last (of a ranking, of its best response); seconds of all updates.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, stdev
 
 from rlhf.config import UserError, command_line
 from rlhf.losses import PREFERENCE_LOSSES
 from study.logs import RunLog, find_runs, select
 from study.standing import change
 
-COLUMNS: dict[str, Callable[[RunLog], float]] = {
+MEASURED: dict[str, Callable[[RunLog], float]] = {  # by evaluate.py
     "gold": lambda run: run.evaluation["gold"],
     "KL": lambda run: run.evaluation["kl_full"],
     "tokens": lambda run: run.evaluation["response_length"],
+}
+LOGGED: dict[str, Callable[[RunLog], float]] = {  # in training
     "change of log π(chosen)": lambda run: change(run, "logps/chosen"),
+    "seconds": lambda run: run.metrics["seconds"].sum(),
 }
 
 
@@ -32,19 +35,20 @@ class Config:
 
 
 def cell(values: list[float]) -> str:
-    """Mean, and the range where there are several seeds."""
+    """Mean, and the standard deviation where there are several seeds."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 def table(runs: list[RunLog]) -> list[str]:
     """Lines of markdown: the SFT model if it was evaluated, then a row per loss in the order of losses.py."""
-    lines = ["| loss | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    columns = MEASURED | LOGGED
+    lines = ["| loss | seeds | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for run in select(runs, "train_sft"):
         if run.evaluation:
-            cells = [cell([COLUMNS[name](run)]) for name in ("gold", "KL", "tokens")]
-            lines.append(f"| (SFT) | | {' | '.join(cells)} | |")
+            cells = [cell([column(run)]) for column in MEASURED.values()]
+            lines.append(f"| (SFT) | | {' | '.join(cells)} |" + " |" * len(LOGGED))
     for loss in PREFERENCE_LOSSES:
         seeds = select(runs, "train_simpo", loss=loss)
         if not seeds:
@@ -52,7 +56,7 @@ def table(runs: list[RunLog]) -> list[str]:
         for run in seeds:
             if not run.evaluation:
                 raise UserError(f"{run.path}: no eval*/ beside it tells its gold; run evaluate.py over it")
-        cells = [cell([column(run) for run in seeds]) for column in COLUMNS.values()]
+        cells = [cell([column(run) for run in seeds]) for column in columns.values()]
         lines.append(f"| `{loss}` | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 

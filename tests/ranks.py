@@ -10,15 +10,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+import rlhf.checkpoint
 import rlhf.generate
-import rlhf.run
 from rlhf import dist
 from rlhf.config import UserError
 
 SCRIPTS = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
 torch.set_num_threads(1)
 
-generate, gather, shard, load_state = rlhf.generate.generate, dist.gather, dist.shard, rlhf.run.load_state
+generate, gather, shard, load_state = rlhf.generate.generate, dist.gather, dist.shard, rlhf.checkpoint.load_state
 
 
 def noise_per_rank(*args, noise=None, **options):

@@ -11,13 +11,13 @@ from own import LINES, lines_of, rloo
 from tokenizers import Tokenizer
 from util import TOLERANCE, WIDE, error, hidden_of, logits_of, pair, random_groups, raw_config, tiny_tokenizer
 
-import train_rloo
 from rlhf.config import UserError
 from rlhf.data import batch_indices, check_tokenizer, read_table
 from rlhf.forward import response_scores, token_stats
 from rlhf.groups import pack
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
+from rlhf.scores import Scorer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -166,8 +166,14 @@ def test_the_reference_rides_along_and_changes_no_score():
     prompts, responses = random_groups([[4, 2], [3, 5], [1, 6]])
     references = [[[9, 8, 7, 0]], [[5, 0]], [[4, 4, 4, 4, 4, 4, 4, 0]]]
     pack_rows = partial(pack, max_positions=128, max_response=6)
-    scores, human = train_rloo.model_scores(reward_model, pack_rows, prompts, responses, references)
-    alone, none = train_rloo.model_scores(reward_model, pack_rows, prompts, responses, [[]] * 3)
+    score = Scorer(device=torch.device("cpu"), tokenizer=None, pack_rows=pack_rows, max_tokens=20,
+                   models=[reward_model])
+    ended = torch.ones(3, 2, dtype=torch.bool)
+    found = [
+        score({"query_token": prompts, "references": human}, responses, ended)
+        for human in (references, [[]] * 3)
+    ]
+    (scores, human), (alone, none) = [(f["scores"], f["reference_scores"]) for f in found]
     assert (scores.shape, human.shape, none.shape) == ((3, 2), (3, 1), (3, 0))
     assert error(scores, alone) < TOLERANCE
     expected = response_scores(reward_model, pack(prompts, references, max_positions=128))  # (3, 1)

@@ -747,7 +747,7 @@ def test_damaged_runs_and_checkpoints(world, tmp_path, capsys, monkeypatch, scri
         file.write_bytes(whole)
         (newest / "checksums.json").write_bytes(sums)
     whole = load_file(newest / "optimizer.safetensors")
-    moment = next(name for name in whole if name.startswith("exp_avg."))
+    moment = next(name for name in whole if name.endswith(".exp_avg"))
     bad = torch.zeros(3)
     for changed in ({"rng": bad}, {"step": bad}, {moment: bad}, {moment: None}):
         (newest / "checksums.json").unlink(missing_ok=True)

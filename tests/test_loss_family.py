@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from rlhf.config import UserError
 from rlhf.losses import PREFERENCE_LOSSES as LOSSES
-from rlhf.losses import RANKED, defaults, describe, extras, loss_options, needs_reference
+from rlhf.losses import RANKED, defaults, extras
 from tests.loss_batches import A_REF, WRONG, A, batch, call, close, gradient, padded, ragged
 
 torch.set_num_threads(1)
@@ -335,32 +335,7 @@ def test_extremes_are_finite(name, case, dtype):
     assert gradient(losses.sum(), logprobs).isfinite().all()
 
 
-# --- what a signature says
-
-
-def test_signatures_say_what_a_loss_reads():
-    reading = {name for name in NAMES if needs_reference(LOSSES[name])}
-    assert reading == {
-        "dpo", "dpo_length", "ipo", "ipo_length", "hinge", "chipo", "gammapo_dpo", "osp", "vpo", "srpo"}
-    logprobs, ref_logprobs, mask = batch()
-    for name in NAMES:
-        losses = LOSSES[name](logprobs, ref_logprobs, mask)[0]
-        other = LOSSES[name](logprobs, 2 * ref_logprobs if name in reading else None, mask)[0]
-        assert torch.equal(losses, other) == (name not in reading)
-    assert extras(LOSSES["amopo"]) == {"objectives", "noise"} and extras(LOSSES["dpo"]) == set()
-    for name in NAMES:
-        options = defaults(LOSSES[name])
-        assert options.keys() <= OPTIONS.keys()
-        assert all(isinstance(value, (int, float)) for value in options.values())
-        assert f"  {name} " in describe(LOSSES)
-
-
-def test_an_option_that_a_loss_does_not_name_is_an_error():
-    assert loss_options("chipo", {"beta": 0.1, "r_max": None}) == {"beta": 0.1, "r_max": math.inf}
-    with pytest.raises(UserError, match="--delta: the loss dpo has none; these have it: slic"):
-        loss_options("dpo", {"delta": 1.0})
-    with pytest.raises(UserError, match="--loss=dpoo: known are dpo, simpo"):
-        loss_options("dpoo", {})
+# --- bad input
 
 
 @each_loss

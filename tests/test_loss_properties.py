@@ -1,9 +1,7 @@
 """What is special about each preference loss: limits, special cases, zero gradients; and TRL's numbers."""
 
 import math
-from collections import defaultdict
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,93 +261,3 @@ def test_the_odds_of_a_certain_response_and_the_contrast_of_a_certain_token():
     odds = math.log(1e-7) - 0.54  # of exp(-1) against a response that is certain
     assert call("orpo", [[[-1.0], [0.0]]], certain)[0] == pytest.approx(1 - 0.1 * odds, abs=0.01)
     assert call("cringe", [[[-1.0], [0.0]]], certain) == [math.inf]
-
-
-# --- TRL
-
-
-@pytest.fixture(scope="module")
-def trl():
-    pytest.importorskip("trl", reason="trl is not installed: the losses are not compared with TRL")
-    from trl import DPOTrainer
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
-    losses = dict(dpo=DPOTrainer._compute_loss, cpo=CPOTrainer.cpo_loss, odds=ORPOTrainer.odds_ratio_loss)
-    return SimpleNamespace(**losses)
-
-
-def trl_dpo(trl, loss_type: str, beta: float) -> torch.Tensor:
-    """DPOTrainer's loss on `batch()`: rows [chosen; rejected], one prompt token before each response."""
-    logprobs, ref_logprobs, mask = batch()
-
-    def rows(x):  # (N, 2, R) -> (2N, R)
-        return torch.cat([x[:, 0], x[:, 1]])
-
-    def model(values):
-        zero = torch.zeros(rows(mask).shape)
-        log_probs = torch.where(rows(mask), rows(values), 0)
-        outputs = SimpleNamespace(log_probs=log_probs, entropy=zero, mean_logits=zero, is_top1=zero.bool())
-        stands_for_a_model = lambda **inputs: outputs  # noqa: E731
-        stands_for_a_model.training, stands_for_a_model.is_gradient_checkpointing = True, False
-        return stands_for_a_model
-
-    ids = F.pad(rows(mask), (1, 0)).long()  # (2N, 1 + R)
-    one_process = dict(gather=lambda x: x, gather_for_metrics=lambda x: x)
-    self = SimpleNamespace(
-        model=model(logprobs), ref_model=model(ref_logprobs), precompute_ref_logps=False, ld_alpha=None,
-        accelerator=SimpleNamespace(device=torch.device("cpu"), **one_process), _tp_size=1,
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, aux_loss_enabled=False,
-        use_weighting=False, f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0],
-        beta=beta, label_smoothing=0.0, args=SimpleNamespace(gradient_checkpointing_kwargs=None))
-    inputs = {"input_ids": ids, "attention_mask": ids, "completion_mask": ids}
-    return trl.dpo(self, self.model, inputs, False)
-
-
-@pytest.mark.parametrize("name, loss_type, twin", [
-    ("hinge", "hinge", "slic"), ("ipo_length", "ipo", "ipo"), ("dpo_length", "sigmoid_norm", "dpo")])
-def test_losses_of_dpo_trainer(trl, name, loss_type, twin):
-    logprobs, ref_logprobs, mask = batch()
-    theirs = trl_dpo(trl, loss_type, beta=0.3)
-    options = {"beta": 0.3}
-    ours = LOSSES[name](logprobs, ref_logprobs, mask, **options)[0].mean()
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    other = LOSSES[twin](logprobs, ref_logprobs, mask, **(options if twin != "slic" else {}))[0].mean()
-    assert (other - theirs).abs() > WRONG
-
-
-def cpo_trainer(**fields) -> SimpleNamespace:
-    defaults = dict(alpha=0.0, loss_type="sigmoid", beta=0.3, simpo_gamma=0.0, label_smoothing=0.0)
-    return SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), **{**defaults, **fields})
-
-
-def test_losses_of_cpo_trainer(trl):
-    """AlphaPO there is loss_type="simpo" with alpha; the NLL of CPO is a token mean that its trainer adds."""
-    logprobs, _, mask = batch()
-    sums = torch.where(mask, logprobs, 0).sum(-1)
-    means = sums / mask.sum(-1)
-
-    def ours(name, **options):
-        return LOSSES[name](logprobs, None, mask, **options)[0]
-
-    theirs = trl.cpo(cpo_trainer(label_smoothing=0.1), *sums.unbind(1))[0]
-    torch.testing.assert_close(ours("dpo_free", beta=0.3, label_smoothing=0.1), theirs)
-    cpo_mean = ours("cpo_mean", beta=0.3, sft_coef=0.5, label_smoothing=0.1)
-    torch.testing.assert_close(cpo_mean, theirs - 0.5 * means[:, 0])
-    assert (ours("dpo_free", beta=0.3) - theirs).abs().max() > WRONG
-    theirs, chosen, rejected = trl.cpo(
-        cpo_trainer(loss_type="simpo", alpha=0.4, beta=2.0, simpo_gamma=0.3), *means.unbind(1))
-    torch.testing.assert_close(ours("alphapo", alpha=0.4, beta=2.0, gamma=0.3), theirs)
-    rewards = LOSSES["alphapo"](logprobs, None, mask, alpha=0.4, beta=2.0)[1]
-    torch.testing.assert_close(rewards, torch.stack([chosen, rejected], 1))
-    assert (ours("alphapo", alpha=0.4, beta=2.0, gamma=0.6) - theirs).abs().max() > WRONG
-
-
-def test_odds_of_orpo_trainer(trl):
-    """Theirs is in float32, and the term's sign is that of the reward: the trainer subtracts it."""
-    logprobs, _, mask = batch()
-    sums = torch.where(mask, logprobs, 0).sum(-1)
-    self = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device=torch.device("cpu")))
-    ours = LOSSES["orpo"](logprobs, None, mask, alpha=0.1, sft_coef=0.0)[0].float()
-    theirs = -trl.odds(self, *(sums / mask.sum(-1)).unbind(1))[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert (ours + trl.odds(self, *sums.unbind(1))[0]).abs().max() > WRONG

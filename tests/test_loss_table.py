@@ -18,7 +18,8 @@ def write_run(folder: Path, name: str, script: str, logps: list[float], **config
     run = folder / name
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"command": f"{script}.py", "config": config}))
-    lines = [json.dumps({"step": i + 1, "logps/chosen": value}) for i, value in enumerate(logps)]
+    logged = [{"step": i + 1, "logps/chosen": value, "seconds": 0.5} for i, value in enumerate(logps)]
+    lines = map(json.dumps, logged)
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -38,12 +39,11 @@ def test_table_of_losses(tmp_path, capsys):
     write_sweep(tmp_path, **evaluated)
     losses.main(losses.Config(runs=str(tmp_path)))
     assert capsys.readouterr().out.splitlines() == [
-        "| loss | seeds | gold | KL | tokens | change of log π(chosen) |",
-        "|---|---|---|---|---|---|",
-        "| (SFT) | | 0.50 | 0.00 | 20.00 | |",
-        "| `dpo` | 1 | 0.90 | 3.00 | 25.00 | 0.00 |",
-        "| `simpo` | 2 | 0.75 (0.70 to 0.80) | 10.00 (8.00 to 12.00) | 25.00 (20.00 to 30.00) "
-        "| -15.00 (-20.00 to -10.00) |",
+        "| loss | seeds | gold | KL | tokens | change of log π(chosen) | seconds |",
+        "|---|---|---|---|---|---|---|",
+        "| (SFT) | | 0.50 | 0.00 | 20.00 | | |",
+        "| `dpo` | 1 | 0.90 | 3.00 | 25.00 | 0.00 | 8.00 |",
+        "| `simpo` | 2 | 0.75 ± 0.07 | 10.00 ± 2.83 | 25.00 ± 7.07 | -15.00 ± 7.07 | 8.00 ± 0.00 |",
     ]
     write_run(tmp_path, "ipo_s1", "train_simpo", [-10.0] * 8, loss="ipo")
     with pytest.raises(UserError, match="ipo_s1: no eval"):

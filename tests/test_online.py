@@ -322,9 +322,9 @@ def spied(monkeypatch):
     calls = []
     generate_all = train_online.generate_all
 
-    def spy(model, prompts, K, R, **options):
+    def spy(model, prompts, K, max_new_tokens, **options):
         weights = model.gpt_neox.final_layer_norm.weight.detach().clone()
-        responses, ended = generate_all(model, prompts, K, R, **options)
+        responses, ended = generate_all(model, prompts, K, max_new_tokens, **options)
         calls.append({"weights": weights, "prompts": prompts, "responses": responses, "K": K, **options})
         return responses, ended
 

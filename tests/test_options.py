@@ -16,7 +16,9 @@ from tiny import SCRIPTS, TRAINING, base, distance, gap, log, weights
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import evaluate
+import sample
 import train_online
+import train_ppo
 import train_rloo
 import train_rm
 import train_sft
@@ -30,8 +32,8 @@ DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the t
 
 # Tested in test_scripts.py, test_cli.py or test_judge.py, or invisible without a hub or a language model.
 ELSEWHERE = {
-    "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "samples_every",
-    "wandb", "tensorboard", "clip_high",
+    "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "compare_fn", "samples_every",
+    "wandb", "tensorboard", "clip_high", "value_clip",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
     "judge_price_out",
@@ -49,12 +51,20 @@ OPTION_OF_A_LOSS = dict(
     alpha=("alphapo", 1.0), delta=("slic", 100.0), tau=("gammapo", 0.1), sft_coef=("cpo", 0.2),
     r_max=("chipo", 1e-3), top_k=("cringe", 3), calibration=("vpo", "reference"),
 )
-REWARD = dict(
-    reward="kl+maxent:0.1", invalid_logprob_fill=1.0, missing_eos="subtract", missing_eos_penalty=3.0
+MISSING_EOS = dict(missing_eos="subtract", missing_eos_penalty=3.0)
+MIX = dict(reward_mix=dict(reward_model="{world}/rm,{world}/other_rm", reward_mix="min"))
+REWARD = MISSING_EOS | MIX | dict(
+    reward="kl+maxent:0.1", invalid_logprob_fill=1.0, attached=dict(attached=True, ppo_epochs=1),
+    entropy_target=5.0, entropy_rate=dict(entropy_target=5.0, entropy_rate=0.5), score_after="a",
 )
+ROLLOUT = dict(rollout="adaptive", reset_share=dict(rollout="reset", reset_share=0.9))
 ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
 RATIO = dict(policy_loss="token")
 SAMPLING = dict(temperature=1.0, top_p=0.5)
+PPO = dict(
+    kl_coef=0.5, missing_eos="replace", missing_eos_penalty=3.0, k=4, episodes=20, batch_size=6, ppo_epochs=1,
+    clip=0.5, vf_coef=0.1, gamma=0.8, lam=0.5, temperature=1.0, response_tokens=8,
+)
 PAIRS = dict(
     k=6, mixture=0.5, opponent=1.0, data_pair=True, round_updates=2, temperature=0.7, top_p=0.5,
     response_tokens=8, move_reference=dict(round_updates=2, move_reference=True), batch_size=8, episodes=24,
@@ -71,8 +81,9 @@ CHANGES_THE_WEIGHTS = {
     train_rm: EPOCHS | dict(train_rows=6, center_rows=4, center=False, batch_size=4),
     train_simpo: EPOCHS | OTHER_REFERENCE | LOSS | dict(train_rows=6, batch_size=4),
     train_rloo: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | REWARD | ALGORITHM | RATIO
-    | SAMPLING | dict(response_tokens=8),
-    train_online: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | ONLINE,
+    | SAMPLING | ROLLOUT | dict(response_tokens=8),
+    train_ppo: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | PPO,
+    train_online: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | MIX | ONLINE,
 }
 # ... the numbers must differ, and the weights must not
 CHANGES_THE_NUMBERS = {
@@ -80,7 +91,11 @@ CHANGES_THE_NUMBERS = {
     train_rm: dict(eval_rows=3),
     train_simpo: dict(eval_rows=3, eval_every=2),
     train_rloo: dict(eval_rows=3),
+    train_ppo: dict(eval_rows=3),
     train_online: dict(eval_rows=3),
+    sample: OTHER_MODEL | OTHER_REWARD_MODEL | dict(
+        rows=6, k=6, temperature=0.7, top_p=0.5, response_tokens=8, select="best", scorer="gold", beta=5.0,
+        accept=4, gap=dict(select="gap", gap=0.1)),
     evaluate: OTHER_MODEL | OTHER_REFERENCE | OTHER_REWARD_MODEL | SAMPLING | dict(
         split="test", n=3, response_tokens=8, sample_temperature=0.5, judge="rm",
         agreement="", agreement_rows=3),
@@ -200,7 +215,7 @@ def test_gradient_checkpointing(tiny, script):
         usual = tiny.fresh(script)
     with forward_calls() as twice:
         run = tiny.fresh(script, gradient_checkpointing=True)
-    passes = len(log(run)) * base(script).get("ppo_epochs", 1)
+    passes = len(log(run)) * base(script).get("ppo_epochs", 1) * (2 if script is train_ppo else 1)
     assert twice["LayerNorm"] - once["LayerNorm"] == 4 * passes
     assert twice[NeoX.__name__] == once[NeoX.__name__]
     assert_same(script, run, usual)
@@ -212,7 +227,7 @@ def test_compile(tiny, script, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
     run = tiny.fresh(script, compile=True)
-    models = {train_rloo: 3, train_online: 3, train_simpo: 2}.get(script, 1)
+    models = {train_rloo: 3, train_online: 3, train_ppo: 4, train_simpo: 2}.get(script, 1)
     assert sum(f.__name__ == "project" for f in compiled) == 2 * models
     assert_same(script, run, tiny.run(script))
 

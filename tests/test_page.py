@@ -109,6 +109,8 @@ def test_page_in_a_browser(tmp_path):
         assert html.escape(text, quote=False) in shown
     assert shown.count('title="log-ratio -3.5"') == len(HOSTILE)
     assert "rgba(226, 74, 51, 0.376" in shown  # 1.5 nats: half of the full colour
+    assert shown.count('class="up"') == shown.count('class="down"') == len(HOSTILE) + 1  # and in the legend
+    assert "<sub>" not in shown and dom("#ratios=1").count("<sub>-3.5</sub>") == len(HOSTILE)
     page = dom("#filter=disagree&checkpoint=rloo")
     assert "4 of 8 posts" in page  # gold says 0 or 0.5 where llm says 1; nan is no verdict
     assert page.count("<article>") == 4

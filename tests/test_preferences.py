@@ -23,7 +23,7 @@ from rlhf.forward import token_stats
 from rlhf.groups import pack
 from rlhf.logprobs import top_logprobs
 from rlhf.losses import PREFERENCE_LOSSES, RANKED
-from rlhf.preferences import competitors, model_extras, shown_logprobs, top_tokens
+from rlhf.preferences import competitors, model_extras, shown_logprobs, slices_of, top_tokens
 
 M, C, V = 23, 20, 301
 
@@ -97,8 +97,8 @@ def test_extras_that_models_compute(models):
     prompts, responses = random_groups([[3, 6], [5, 1], [4, 7]], ended=True)
     sft_prompts, sft_responses = random_groups([[5], [3], [8]], seed=3)
     again = [7, 9]
-    batch = {"prompts": prompts, "responses": responses, "sft_prompts": sft_prompts,
-             "sft_responses": [row[0] for row in sft_responses]}
+    batch = {"prompts": prompts, "responses": responses, "other_prompts": sft_prompts,
+             "other_responses": [row[0] for row in sft_responses]}
     stats = token_stats(policy, pack_rows(prompts, responses), top_k=3)
     reads = {"competitors", "target", "calibration", "improved"}
     out = model_extras(reads, batch, stats, policy, reference, pack_rows, again=again, top_k=2)
@@ -231,7 +231,9 @@ def test_columns_and_options_reach_the_loss(world, tmp_path):
     change(data / "pairs_train.parquet", chosen_parts=[{"a": 1.0}] * 24, rejected_parts=[{"a": 0.5}] * 24)
     assert distance(amopo, weights(loss="amopo")) > 1e-5
     assert distance(weights(loss="simpo", beta=0.8, gamma=2.0), weights(loss="amopo")) < 1e-7
-    assert distance(weights(loss="vpo"), weights(loss="vpo", calibration="reference")) > 1e-6
+    vpo = [weights(loss="vpo", calibration=name) for name in ("chosen", "reference", "sample", "sample")]
+    assert distance(vpo[0], vpo[1]) > 1e-6 and distance(vpo[1], vpo[2]) > 1e-6
+    assert distance(vpo[2], vpo[3]) == 0  # the samples follow the step and the seed
     assert distance(weights(loss="cringe"), weights(loss="cringe", top_k=3)) > 1e-6
     assert distance(weights(loss="slic"), weights(loss="slic", sft_coef=0.0)) > 1e-5
     assert distance(weights(loss="gammapo", gamma_beta_ratio=0.2), weights(loss="gammapo", gamma=2.0)) == 0
@@ -243,6 +245,43 @@ def test_noise_follows_the_step_and_the_seed(world, tmp_path):
         train(world, tmp_path / str(i), loss="amopo", seed=seed, batch_size=16)[0][0]["loss"]
         for i, seed in enumerate((1, 1, 2)))
     assert first == second and abs(first - other) > 1e-5  # rounding alone: equal to the last bit
+
+
+def test_micro_batches_count_the_further_groups():
+    """A pair of SRPO holds both answers again behind two longer prompts; VPO's one response more."""
+    prompts, responses = random_groups([[3, 6], [5, 1], [4, 7], [2, 2]], ended=True)
+    batch = {"prompts": prompts, "responses": responses}
+    again = [7, 9]
+    other = {"other_prompts": prompts[::-1], "other_responses": [row[0] for row in responses]}
+
+    def rows_of_pairs(pairs, reads):
+        """Tokens that `pack` puts into rows for these pairs."""
+        tokens = 0
+        for n in pairs:
+            tokens += len(prompts[n]) + sum(map(len, responses[n]))
+            for shown in responses[n] if "improved" in reads else []:
+                tokens += len(prompts[n]) + len(shown) - 1 + len(again) + sum(map(len, responses[n]))
+            if "calibration" in reads:
+                tokens += len(other["other_prompts"][n]) + len(responses[n][0])
+        return tokens
+
+    for reads in (set(), {"improved"}, {"calibration"}):
+        given = batch | (other if "calibration" in reads else {})
+        two = max(rows_of_pairs(pair, reads) for pair in ((0, 1), (2, 3)))
+        parts = slices_of(given, two, reads, again)
+        assert [part["prompts"] for part in parts] == [prompts[:2], prompts[2:]]
+        assert len(slices_of(given, rows_of_pairs((0, 1), reads) - 1, reads, again)) > 2
+
+
+def test_a_sample_of_the_policy_calibrates_nothing_in_the_mean(models):
+    """E[grad log pi(y)] = 0 for y from pi: over all responses of one token, weighed by their probability."""
+    policy = models[0]
+    prompt = random_groups([[1]])[0][0]
+    logp = logits_of(policy, prompt)[-1].log_softmax(-1)  # (V,)
+    weight = policy.embed_out.weight
+    mean = torch.autograd.grad((logp.detach().exp() * logp).sum(), weight, retain_graph=True)[0]
+    uniform = torch.autograd.grad(logp.mean(), weight)[0]
+    assert mean.abs().max() < 1e-5 and uniform.abs().max() > 1e-3
 
 
 # --- bad input
@@ -267,6 +306,10 @@ def test_bad_values_are_named(world, tmp_path):
     change(data / "pairs_train.parquet", preference=[0.5, 1.2] + [0.5] * 22)
     with pytest.raises(UserError, match="the preference of row 1 is 1.2; it is a probability, from 0 to 1"):
         train(world, tmp_path / "run", data_dir=str(data), loss="osp")
+    (data / "pairs_train.parquet").unlink()
+    said = "--loss=dpo compares two responses; rankings are for --loss=rrhf and --loss=simpo_pl"
+    with pytest.raises(UserError, match=said):
+        train(world, tmp_path / "run", data_dir=str(data), loss="dpo")
     rankings = data / "rankings_train.parquet"
     change(rankings, rewards=[[1.0, 2.0]] * 16)
     with pytest.raises(UserError, match="row 0 has 2 rewards for 4 responses"):

@@ -400,15 +400,24 @@ def test_tables(tmp_path, tiny, tiny_file, capsys):
         for r in tables["pairs_validation"]
     )
     even, odd = tables["pairs_train"][2], tables["pairs_train"][3]  # `choice` is n % 2
-    shown = ("chosen", "rejected", "chosen_policy", "rejected_policy", "split", "confidence")
-    assert [even[name] for name in shown] == [" Goat 2.", " Hedge 2 is gone.", "sup1", "ref", "valid1", 7]
-    assert [odd[name] for name in shown] == [" Hedge 3 is gone.", " Goat 3.", "ref", "sup1", "valid2", -1]
+    shown = "chosen rejected chosen_policy rejected_policy split confidence preference".split()
+    expected = [" Goat 2.", " Hedge 2 is gone.", "sup1", "ref", "valid1", 7, 0.75]
+    assert [even[name] for name in shown] == expected
+    expected = [" Hedge 3 is gone.", " Goat 3.", "ref", "sup1", "valid2", -1, 1.0]
+    assert [odd[name] for name in shown] == expected
     columns = (
         "id query query_token chosen chosen_token rejected rejected_token chosen_policy rejected_policy "
-        "batch split confidence"
+        "batch split confidence preference"
     )
     assert list(even) == columns.split()
     assert list(first) == "id query query_token reference_response reference_response_token".split()
+
+
+def test_soft_labels_of_the_slider():
+    """1/2 would be the middle, which nobody could choose; both ends are certain."""
+    labels = [tldr.preference(confidence) for confidence in (1, 2, 3, 4, 6, 7, 8, 9)]
+    assert labels == [1, 0.875, 0.75, 0.625, 0.625, 0.75, 0.875, 1]
+    assert tldr.preference(-1) == 1
 
 
 def test_jsonl_and_parquet_and_chunks_give_the_same_tables(tmp_path, tiny_file, monkeypatch):
@@ -553,8 +562,8 @@ OPTIONAL = {  # column: the columns of the prepared table that then hold a defau
     "info.article": {},
     "worker": {},
     "split": {"split": ""},
-    "extra": {"confidence": -1},
-    "extra.confidence": {"confidence": -1},
+    "extra": {"confidence": -1, "preference": 1.0},
+    "extra.confidence": {"confidence": -1, "preference": 1.0},
     "summaries.0.note": {},
     "summaries.0.policy": {"rejected_policy": ""},
     "summaries.1.policy": {"chosen_policy": ""},
@@ -725,6 +734,11 @@ BAD = {
         "comparisons/train",
         [pair(1, extra={"confidence": "7"})],
         "column 'extra.confidence' is '7', which is no int",
+    ),
+    "a confidence beyond the slider": (
+        "comparisons/train",
+        [pair(1, extra={"confidence": 10})],
+        "column 'extra.confidence' is 10, expected 1 to 9",
     ),
     "long title": (
         "tldr_3_filtered/train",

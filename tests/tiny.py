@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import evaluate
+import sample
 import train_online
+import train_ppo
 import train_rloo
 import train_rm
 import train_sft
@@ -26,15 +28,15 @@ from rlhf.model import EOS, PAD, NeoX, NeoXConfig
 from rlhf.pretrained import load_tokenizer, save_pretrained
 from study import best_of_n
 
-TRAINING = [train_sft, train_rm, train_rloo, train_simpo, train_online]
-SCRIPTS = [*TRAINING, evaluate, best_of_n]
+TRAINING = [train_sft, train_rm, train_rloo, train_ppo, train_simpo, train_online]
+SCRIPTS = [*TRAINING, sample, evaluate, best_of_n]
 VOCABULARY = 512  # rows of the embeddings: a few more than the toy world has tokens, as Pythia's are padded
 R = 12  # longest sampled response: some end before it, some do not
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, rotary_pct=0.5,
              max_position_embeddings=256, tie_word_embeddings=False, layer_norm_eps=1e-4)
 
 # Logged, but known without the run: if nothing else differs between two runs, the option was ignored.
-ECHOES = {"lr", "episode", "name", "model", "out_dir", "split", "temperature"}
+ECHOES = {"lr", "episode", "name", "model", "out_dir", "split", "temperature", "settings"}
 
 
 def base(script: ModuleType) -> dict:
@@ -49,12 +51,16 @@ def base(script: ModuleType) -> dict:
     judged = dict(judge="gold", temperature=0.7, agreement="pairs_validation")
     rloo = dict(reward="kl:0.05+maxent_length:0.1", k=2, batch_size=8, episodes=16, ppo_epochs=2, clip=0.1)
     pairs = dict(loss="dpo", beta=0.1, missing_eos="subtract")
+    ppo = dict(kl_coef=0.05, k=2, batch_size=8, episodes=24, ppo_epochs=2, clip=0.1, vf_coef=3.0,
+               missing_eos="subtract")
     online = pairs | dict(k=4, batch_size=12, episodes=36, temperature=1.0)
     return {
         train_sft: io | train | dict(batch_size=6),
         train_rm: io | train | dict(batch_size=3),
         train_simpo: io | train | reference | dict(loss="dpo_length", beta=2.0, batch_size=3),
         train_rloo: io | train | reference | reward_model | rloo,
+        train_ppo: io | train | reference | reward_model | ppo,
+        sample: io | reward_model | dict(k=4, temperature=1.0, select="rso", accept=2),
         train_online: io | train | reference | reward_model | online,
         evaluate: io | reference | reward_model | judged,
         best_of_n: io | reward_model | dict(samples=4),
@@ -156,6 +162,9 @@ def measured(run: Path) -> dict[str, float]:
         parts["log"] = log(run)
     if (run / "summaries.parquet").exists():
         parts["rows"] = pq.read_table(run / "summaries.parquet").to_pylist()
+    if (run / "meta.json").exists():  # data that sample.py selected
+        for name in json.loads((run / "meta.json").read_text())["sampled"]["rows"]:
+            parts[name] = pq.read_table(run / f"{name}.parquet").to_pylist()
     return flat(parts)
 
 
