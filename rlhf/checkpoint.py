@@ -50,7 +50,7 @@ def restore(
 def state_tensors(
     model: NeoX, optimizer: torch.optim.Optimizer, critic: NeoX | None,
 ) -> dict[str, torch.Tensor]:
-    """What optimizer.safetensors holds: the critic's weights, and Adam's state, under the parameters' names."""
+    """What optimizer.safetensors holds: the critic's weights, and Adam's state by the parameters' names."""
     weights = critic_weights(critic)
     out = dict(weights)
     for name, parameter in (parameters(model) | weights).items():

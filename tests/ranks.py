@@ -18,7 +18,8 @@ from rlhf.config import UserError
 SCRIPTS = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
 torch.set_num_threads(1)
 
-generate, gather, shard, load_state = rlhf.generate.generate, dist.gather, dist.shard, rlhf.checkpoint.load_state
+generate, gather, shard = rlhf.generate.generate, dist.gather, dist.shard
+load_state = rlhf.checkpoint.load_state
 
 
 def noise_per_rank(*args, noise=None, **options):
