@@ -62,7 +62,7 @@ ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1,
 RATIO = dict(policy_loss="token")
 SAMPLING = dict(temperature=1.0, top_p=0.5)
 PPO = dict(
-    kl_coef=0.5, missing_eos="replace", missing_eos_penalty=3.0, k=4, episodes=20, batch_size=6, ppo_epochs=1,
+    kl_coef=0.5, missing_eos="replace", missing_eos_penalty=3.0, k=4, episodes=28, batch_size=6, ppo_epochs=1,
     clip=0.5, vf_coef=0.1, gamma=0.8, lam=0.5, temperature=1.0, response_tokens=8,
 )
 PAIRS = dict(
