@@ -38,8 +38,9 @@ from evaluation.tables import show, write, write_sweep
 from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import check_tables, read_meta
+from rlhf.files import fingerprint, identity
 from rlhf.model import NeoX
-from rlhf.out_dir import forget_replaced, open_directory
+from rlhf.out_dir import check_same, enter, forget_replaced
 from rlhf.pretrained import load_tokenizer, read_json, resolve
 from rlhf.summaries import ROUGE_HINT, Post, Summary, human_summaries, read_posts
 
@@ -141,18 +142,30 @@ def find_checkpoints(text: str) -> dict[str, str]:
     return {"-".join(p[-tail:]).strip("/.-") or "model": path for p, path in zip(parts, found)}
 
 
-def forget_if_changed(where: Path, *sources: str) -> None:
-    """Makes the folder of a checkpoint, or empties it if what it was evaluated from has been written anew
-    since (a file's size or time)."""
-    files = []
-    for source in map(Path, filter(None, sources)):
-        files += [source] if source.is_file() else source.glob("*.safetensors")
-    identity = json.dumps(sorted([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files))
+def sources_of(cfg: Config, path: str) -> dict[str, dict | str]:
+    """What the rows and verdicts of a checkpoint come from, by content: a copy with another date is the
+    same."""
+    models = {"model": path, "ref_model": cfg.ref_model, "reward_model": cfg.reward_model}
+    found = {name: fingerprint(resolve(model, cfg.revision)) for name, model in models.items() if model}
+    found["posts"] = identity(Path(cfg.data_dir) / f"sft_{cfg.split}.parquet")
+    if cfg.judge_template:
+        found["judge_template"] = identity(Path(cfg.judge_template))
+    return found
+
+
+def forget_if_changed(where: Path, sources: dict[str, dict | str]) -> None:
+    """Makes the folder of a checkpoint, or empties it if one of `sources` is another since."""
     where.mkdir(exist_ok=True)
-    if not (where / "sources.json").exists() or (where / "sources.json").read_text() != identity:
-        for name in ("result.json", "summaries.parquet"):
-            (where / name).unlink(missing_ok=True)
-        write(where / "sources.json", identity)
+    known = where / "sources.json"
+    before = read_json(known) if known.exists() else None
+    if before == sources:
+        return
+    results = [where / name for name in ("result.json", "summaries.parquet")]
+    if any(map(Path.exists, results)):
+        print(f"{where}: evaluated anew, for what it was evaluated from has changed since")
+    for file in results:
+        file.unlink(missing_ok=True)
+    write(known, json.dumps(sources) + "\n")
 
 
 def write_summaries(
@@ -162,10 +175,9 @@ def write_summaries(
 ) -> dict[str, list[dict]]:
     """{checkpoint: its rows}: read from its folder, or summarised, scored and written there."""
     rows = {}
-    table = str(Path(cfg.data_dir) / f"sft_{cfg.split}.parquet")
     for name, path in checkpoints.items():
         file = folders[name] / "summaries.parquet"
-        forget_if_changed(folders[name], path, cfg.ref_model, cfg.reward_model, table, cfg.judge_template)
+        forget_if_changed(folders[name], sources_of(cfg, path))
         if file.exists():
             rows[name] = pq.read_table(file).to_pylist()
             continue
@@ -272,6 +284,10 @@ def main(cfg: Config) -> dict:
     device = setup(cfg.seed, cfg.device)
     checkpoints = find_checkpoints(cfg.model)
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
+    for path in checkpoints.values():
+        resolve(path, cfg.revision)  # a wrong name is told before anything is written
+    inputs = [*checkpoints.values(), cfg.judge_cache, cfg.judge_template]
+    about = check_same(cfg, *inputs, may_change=MAY_CHANGE, go_on=sweep)
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]
     uses = [(f"sft_{cfg.split}", cfg.n, 0), (cfg.agreement, cfg.agreement_rows, 0)]
@@ -286,10 +302,8 @@ def main(cfg: Config) -> dict:
         people = read_posts(cfg.data_dir, cfg.agreement, sides, cfg.agreement_rows)
     reference = load_reference(cfg, device)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
-    for path in checkpoints.values():
-        resolve(path, cfg.revision)  # a wrong name is told before anything is written
-    inputs = [*checkpoints.values(), cfg.ref_model, cfg.reward_model, cfg.data_dir, cfg.judge_cache]
-    out = open_directory(cfg, *inputs, cfg.judge_template, may_change=MAY_CHANGE, go_on=sweep)
+    enter(cfg, about)
+    out = Path(cfg.out_dir)
     folders = {name: out / name if sweep else out for name in checkpoints}
     print(f"{len(checkpoints)} checkpoint(s), {len(posts)} posts of sft_{cfg.split}, judge: {cfg.judge}")
 

@@ -34,12 +34,13 @@ from data.gold import gold
 from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import check_tables, has_column, open_table, read_meta
-from rlhf.files import WRITING, check_apart, data_aside, move_data_in
+from rlhf.files import data_aside, move_data_in, read_objects, write_file
 from rlhf.forward import response_scores, token_stats
 from rlhf.generate import generate
 from rlhf.groups import micro_batches, pack
 from rlhf.masked import seq_logprobs
 from rlhf.model import NeoX
+from rlhf.out_dir import check_inputs, check_same, enter, forget_replaced, inputs_of, unlock
 from rlhf.pretrained import load_tokenizer, read_json
 from rlhf.summaries import texts_of
 
@@ -89,13 +90,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"--temperature={cfg.temperature} must be above 0")
     if cfg.select != "own" and cfg.scorer == "rm" and not cfg.reward_model:
         raise UserError("what scores? give --reward_model, or --scorer=gold in the toy world")
-    check_apart(cfg.out_dir, cfg.data_dir, cfg.model, cfg.reward_model)
-    out = Path(cfg.out_dir)
-    if out.exists() and any(out.iterdir()):
-        known = (out / WRITING).exists() or "sampled" in read_meta(cfg.out_dir)
-        if not known or not (cfg.resume or cfg.overwrite):
-            raise UserError(f"--out_dir {out} is not empty: go on with --resume, replace samples with "
-                            "--overwrite, or choose another one")
 
 
 # --- selections: scores (K,) of one prompt's responses, -inf where one must not be chosen -> their numbers
@@ -147,18 +141,6 @@ def select(
     pairs = [pair_of(scores, responses, *two) for two in zip(taken[::2], taken[1::2])]
     pairs = [pair for pair in pairs if pair]
     return pairs, [], "with pairs" if pairs else "without two different responses"
-
-
-def parts_of(path: Path, cfg: Config) -> list[dict]:
-    """What an earlier command of the same settings has sampled, one part for each generation call."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    before = lines[0] if lines else {}
-    now = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
-    if changed := [f"--{k} was {before[k]!r}, is {now[k]!r}" for k in before if before[k] != now[k]]:
-        raise UserError(f"--resume of {path.parent} with other settings: {'; '.join(changed)}")
-    return lines[1:]
 
 
 @torch.no_grad()
@@ -233,10 +215,15 @@ def main(cfg: Config) -> dict:
     if cfg.scorer == "gold" and not true_reward:
         raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
     out = Path(cfg.out_dir)
-    if cfg.resume and (out / "meta.json").exists():
-        print(f"{out}: finished already")
-        return read_json(out / "meta.json")["sampled"]
-    parts = parts_of(out / WRITING / "parts.jsonl", cfg) if cfg.resume else []
+    sampled = out / "parts.jsonl"  # one line for each generation call; gone when the tables are there
+    about = check_same(cfg, may_change=MAY_CHANGE)
+    if cfg.resume and (out / "result.json").exists():
+        result = read_json(out / "result.json")
+        sampled.unlink(missing_ok=True)
+        print(f"{out}: finished already\n{json.dumps(result)}")
+        return result
+    if cfg.resume:
+        check_inputs(about, cfg)
     columns = ["query_token", "facts"] if has_column(cfg.data_dir, "sft_train", "facts") else ["query_token"]
     table = open_table(cfg.data_dir, "sft_train", columns, cfg.rows)
     data = {column: table[column].to_pylist() for column in columns}
@@ -250,9 +237,9 @@ def main(cfg: Config) -> dict:
         scorer = (frozen(load(cfg.reward_model, head="score")), "score")
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     check_tables(cfg.data_dir, [model, scorer[0]], ("sft_train", cfg.rows, R))
-    aside = data_aside(out)
-    settings = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
-    (aside / "parts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (settings, *parts)))
+    enter(cfg, about, inputs_of(cfg))
+    parts = [part for _, part in read_objects(sampled)]
+    write_file(sampled, "".join(json.dumps(part) + "\n" for part in parts))
 
     # every generation call has random numbers of its own: what was sampled before does not matter
     starts = range(0, len(data["query_token"]), cfg.rollout_prompts)
@@ -280,17 +267,22 @@ def main(cfg: Config) -> dict:
             part["sft"] += [[row, None if i is None else group[i]] for i in kept]
             part["counts"][counted] += 1
         parts.append(part)
-        with open(aside / "parts.jsonl", "a") as file:
+        with open(sampled, "a") as file:
             file.write(json.dumps(part) + "\n")
 
     counts = sum((Counter(part["counts"]) for part in parts), Counter())
+    aside = data_aside(out)
     written = write_tables(cfg, parts, tokenizer, aside)
+    settings = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
     result = {"prompts": counts, "rows": written, "settings": settings, "out_dir": str(out)}
     splits = {**meta.get("splits", {}), **written}
     about = {**meta, "splits": splits, "sampled": result}
     (aside / "meta.json").write_text(json.dumps(about, indent=2) + "\n")
-    (aside / "parts.jsonl").unlink()
     move_data_in(out)
+    write_file(out / "result.json", json.dumps(result) + "\n")
+    sampled.unlink()
+    forget_replaced(out)
+    unlock(out)
     print(json.dumps(result))
     return result
 

@@ -259,8 +259,7 @@ def main(cfg: Config) -> dict:
         policy, valid["query_token"], 1, R, batch=cfg.rollout_prompts, progress="greedy samples"
     )
     result = summary_metrics(cfg.data_dir, "sft_validation", tokenizer, greedy, ended, true_reward)
-    if total > out.start:
-        result |= {key: metrics[key] for key in ("scores", "rlhf_reward", "kl", "entropy")}
+    result |= {key: out.last.get(key) for key in ("scores", "rlhf_reward", "kl", "entropy")}
     return out.finish(policy, tokenizer, result)
 
 

@@ -1,6 +1,7 @@
 """Files that a kill or a full disk, at any moment, leaves whole; how to see that one is still what it was."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,19 @@ def sync(*paths: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_objects(log: Path) -> list[tuple[str, dict]]:
+    """The lines of a jsonl file and the objects in them; a line that a kill cut off is left out."""
+    found = []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            found.append((line, entry))
+    return found
 
 
 def remove(directory: Path) -> None:

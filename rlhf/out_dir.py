@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,8 +18,10 @@ import torch
 
 from rlhf.config import UserError
 from rlhf.dist import RANKS, agree, check_prompts, exchange, on_first
-from rlhf.files import check_apart, identity, remove, write_file
-from rlhf.pretrained import read_json
+from rlhf.files import check_apart, fingerprint, identity, remove, write_file
+from rlhf.pretrained import read_json, resolve
+
+INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a script reads
 
 
 def script_of(config) -> str:
@@ -72,11 +73,53 @@ def read_about(out: Path) -> dict:
     return about
 
 
+def named_by(config, name: str) -> list[str]:
+    """The paths or ids that an option of INPUTS names: none, one, or several reward models."""
+    value = getattr(config, name, "")
+    return [part for part in (value.split(",") if name == "reward_model" else [value]) if part]
+
+
+def reward_file(config) -> str:
+    """Of --reward_fn=file.py:name; "" if there is none."""
+    return getattr(config, "reward_fn", "").rpartition(":")[0]
+
+
+def inputs_of(config) -> dict[str, dict[str, str]]:
+    """{option: fingerprint of what it names}."""
+    revision = getattr(config, "revision", "main")
+    found = {}
+    for name in INPUTS:
+        values = named_by(config, name)
+        for value in values:
+            path = Path(value) if name == "data_dir" else resolve(value, revision)
+            folder = f"{value}/" if len(values) > 1 else ""
+            files = {folder + file: mark for file, mark in fingerprint(path).items()}
+            found[name] = found.get(name, {}) | files
+    if source := reward_file(config):
+        found["reward_fn"] = {source: identity(Path(source))}
+    return found
+
+
+def check_inputs(about: dict, config) -> None:
+    """Raises UserError if data or a model is another than when the run began."""
+    before = about.get("inputs")
+    now = inputs_of(config) if before else {}
+    for name in now:
+        old = before.get(name, {})
+        new = now[name]
+        if other := sorted(file for file in old.keys() | new if old.get(file) != new.get(file)):
+            path = getattr(config, name)
+            raise UserError(f"--resume of {config.out_dir}: --{name}={path} is not what it was when the run "
+                            f"began ({', '.join(other[:3])}): bring that back, or start anew with "
+                            "--overwrite")
+
+
 def check_out_dir(config, *inputs: str) -> dict:
     """run.json of what lies in --out_dir, {} if that is a new directory. Touches nothing. Raises UserError if
-    it is neither new nor a run of the same script, or if it is an input."""
+    it is neither new nor a run of the same script, or if it is an input: one of INPUTS or of `inputs`."""
     out = Path(config.out_dir)
-    check_apart(config.out_dir, *inputs)
+    read = [path for name in INPUTS for path in named_by(config, name)]
+    check_apart(config.out_dir, *read, reward_file(config), *inputs)
     if config.overwrite and getattr(config, "resume", False):
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if is_new(out):
@@ -88,7 +131,7 @@ def check_out_dir(config, *inputs: str) -> dict:
     return about
 
 
-def check_ranks(config, about: dict, inputs: Callable[[], dict]) -> None:
+def check_ranks(config, about: dict) -> None:
     """Raises UserError unless all ranks have the same code, options and inputs and see the same --out_dir."""
     if RANKS == 1:
         return
@@ -96,7 +139,7 @@ def check_ranks(config, about: dict, inputs: Callable[[], dict]) -> None:
     root = Path(__file__).parents[1]
     code = {str(path.relative_to(root)): identity(path) for path in sorted(root.glob("**/*.py"))
             if not any(part.startswith(".") for part in path.relative_to(root).parts)}
-    agree({"version of the code": code, "command line": asdict(config), "model or data": inputs()})
+    agree({"version of the code": code, "command line": asdict(config), "model or data": inputs_of(config)})
     out = Path(config.out_dir)
     there = out.resolve()
     while not there.is_dir():
@@ -190,9 +233,9 @@ def enter(config, about: dict, inputs: dict | None = None) -> None:
         raise UserError(f"{out}: another process has begun a run there: choose another --out_dir")
 
 
-def open_directory(config, *inputs: str, may_change: set[str], go_on: bool = False) -> Path:
-    """For scripts without checkpoints: --out_dir, new, replaced (--overwrite) or, with the same settings, as
-    it was left (--resume, or `go_on`). `inputs` are paths that must not be touched."""
+def check_same(config, *inputs: str, may_change: set[str], go_on: bool = False) -> dict:
+    """check_out_dir for scripts without checkpoints. Raises UserError too unless the directory is new, will
+    be replaced (--overwrite) or, with the same settings, gone on with (--resume, or `go_on`)."""
     out = Path(config.out_dir)
     about = check_out_dir(config, *inputs)
     if about and not config.overwrite:
@@ -201,8 +244,7 @@ def open_directory(config, *inputs: str, may_change: set[str], go_on: bool = Fal
                             "--overwrite it or choose another --out_dir")
         if not (go_on or getattr(config, "resume", False)):
             raise UserError(exists(out, resumable=hasattr(config, "resume")))
-    enter(config, about)
-    return out
+    return about
 
 
 def exists(out: Path, resumable: bool = True) -> str:

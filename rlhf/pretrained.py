@@ -296,7 +296,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """tokenizer.json and the two small files that make `AutoTokenizer.from_pretrained` open it."""
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))  # an OSError where it fails
     end = "<|endoftext|>"
     special = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": "<|padding|>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}

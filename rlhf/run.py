@@ -15,21 +15,23 @@ from tqdm import tqdm
 from rlhf.checkpoint import restore, state_tensors
 from rlhf.config import UserError
 from rlhf.dist import FIRST, on_first
-from rlhf.files import checksum, fingerprint, identity, move_in, remove, sync, write_file
+from rlhf.files import checksum, move_in, read_objects, remove, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
     changes,
+    check_inputs,
     check_out_dir,
     check_ranks,
     enter,
     exists,
     forget_replaced,
     has_shown,
+    inputs_of,
     lock,
     named,
     unlock,
 )
-from rlhf.pretrained import read_json, resolve, save_pretrained, save_tensors
+from rlhf.pretrained import read_json, save_pretrained, save_tensors
 from rlhf.trackers import Trackers
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
@@ -38,13 +40,6 @@ MAY_CHANGE = {  # at a resume: where and how fast, but no number
 }
 OTHER_SAMPLES = {"eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
-INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a run reads
-
-
-def named_by(config, name: str) -> list[str]:
-    """The paths or ids that an option of INPUTS names: none, one, or several reward models."""
-    value = getattr(config, name, "")
-    return [part for part in (value.split(",") if name == "reward_model" else [value]) if part]
 
 
 def finite(record: dict) -> dict:
@@ -83,9 +78,8 @@ class Run:
         self.track = Trackers(config)
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
-        names = [path for name in INPUTS for path in named_by(config, name)]
-        self.about = check_out_dir(config, *names)
-        check_ranks(config, self.about, self.inputs)
+        self.about = check_out_dir(config)
+        check_ranks(config, self.about)
         self.finished = False
         if self.about and not config.overwrite:
             if not config.resume:
@@ -105,7 +99,7 @@ class Run:
         self.finished = (self.out / "result.json").exists() and not longer
         if not self.finished:
             on_first(lambda: lock(self.out))
-            self.check_inputs()
+            check_inputs(self.about, self.config)
 
     def longer(self, key: str) -> bool:
         """Is this change only more updates, with the learning rates that the earlier ones had?"""
@@ -113,41 +107,13 @@ class Run:
         old, new = self.changed[key]
         return key in LENGTH and constant and new > old
 
-    def inputs(self) -> dict[str, dict[str, str]]:
-        """{option: fingerprint of what it names}."""
-        revision = getattr(self.config, "revision", "main")
-        found = {}
-        for name in INPUTS:
-            values = named_by(self.config, name)
-            for value in values:
-                path = Path(value) if name == "data_dir" else resolve(value, revision)
-                folder = f"{value}/" if len(values) > 1 else ""
-                files = {folder + file: mark for file, mark in fingerprint(path).items()}
-                found[name] = found.get(name, {}) | files
-        if source := getattr(self.config, "reward_fn", "").rpartition(":")[0]:
-            found["reward_fn"] = {source: identity(Path(source))}
-        return found
-
-    def check_inputs(self) -> None:
-        """Raises UserError if data or a model is another than when the run began."""
-        before = self.about.get("inputs")
-        now = self.inputs() if before else {}
-        for name in now:
-            old = before.get(name, {})
-            new = now[name]
-            if other := sorted(file for file in old.keys() | new if old.get(file) != new.get(file)):
-                path = getattr(self.config, name)
-                raise UserError(f"--resume of {self.out}: --{name}={path} is not what it was when the run "
-                                f"began ({', '.join(other[:3])}): bring that back, or start anew with "
-                                "--overwrite")
-
     def begin(
         self, model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None,
         critic: NeoX | None = None,
     ) -> int:
         """Now that data and models are known to be good, touches the directory: sets aside what is there
         (--overwrite) or restores its newest checkpoint (--resume). Returns the step to go on from."""
-        inputs = self.inputs()
+        inputs = inputs_of(self.config)
         on_first(lambda: enter(self.config, self.about, inputs))
         if not self.config.resume:
             return 0
@@ -175,6 +141,7 @@ class Run:
     def tidy(self) -> None:
         if self.changed:
             self.note_changes()
+        thin(self.out / "ckpt", self.config.keep)
         (self.out / "result.json").unlink(missing_ok=True)  # of a run that is made longer
         if has_shown(self.out):
             forget_replaced(self.out)  # a kill came between
@@ -223,9 +190,7 @@ class Run:
         aside = folder / "writing"
         if FIRST:
             shutil.rmtree(aside, ignore_errors=True)
-            kept = sorted(folder.glob("step_*"))
-            for old in kept[: -max(1, self.config.keep - 1)] if self.config.keep else []:
-                remove(old)
+            thin(folder, self.config.keep and max(1, self.config.keep - 1))
         save_pretrained(model, tokenizer, aside)
         state = state_tensors(model, optimizer, critic)
         state |= {"step": torch.tensor([step]), "rng": torch.get_rng_state()}
@@ -245,12 +210,7 @@ class Run:
             remove(final)
         aside.rename(final)
         sync(folder)
-        kept = sorted(folder.glob("step_*"))
-        for old in kept[: -self.config.keep] if self.config.keep else []:
-            remove(old)
-        for old in kept[:-2]:
-            for file in (*old.glob(LAST_TO_GO), *old.glob("optimizer-*")):
-                file.unlink(missing_ok=True)
+        thin(folder, self.config.keep)
         forget_replaced(self.out)
 
     def finish(self, model: NeoX, tokenizer: Tokenizer, result: dict) -> dict:
@@ -280,13 +240,20 @@ class Run:
         return result
 
 
-def read_lines(metrics: Path, last: int) -> list[str]:
-    """The lines of a log up to step `last`; one that a kill cut off is left out."""
-    found = []
-    for line in metrics.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last:
-                found.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+def thin(folder: Path, keep: int) -> None:
+    """Only the newest `keep` checkpoints stay (0: all), of which the newest two can be resumed; and nothing
+    of one that a kill left half removed."""
+    for half in folder.glob(".*.removed"):
+        shutil.rmtree(half)
+    kept = sorted(folder.glob("step_*"))
+    for old in kept[:-keep] if keep else []:
+        remove(old)
+    for old in kept[:-2]:
+        for file in (*old.glob(LAST_TO_GO), *old.glob("optimizer-*")):
+            file.unlink(missing_ok=True)
+
+
+def read_lines(log: Path, last: int) -> list[str]:
+    """The lines of a log up to step `last`."""
+    entries = read_objects(log)
+    return [line for line, entry in entries if isinstance(entry.get("step"), int) and entry["step"] <= last]

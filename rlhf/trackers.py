@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf.config import UserError
+from rlhf.files import write_file
 
 Write = Callable[[int, dict[str, float]], None]
 
@@ -19,7 +20,7 @@ def open_wandb(config, step: int) -> Write:
 
     file = Path(config.out_dir) / "wandb_id"
     if not file.exists():
-        file.write_text(secrets.token_hex(8))
+        write_file(file, secrets.token_hex(8))
     run = wandb.init(
         project=config.wandb, name=config.out_dir, dir=config.out_dir, id=file.read_text(), resume="allow",
         config=asdict(config),

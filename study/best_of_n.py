@@ -31,7 +31,7 @@ from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import check_tables, read_meta
 from rlhf.generate import generate_all
-from rlhf.out_dir import check_out_dir, exists, forget_replaced, open_directory
+from rlhf.out_dir import check_same, enter, forget_replaced
 from rlhf.pretrained import load_tokenizer
 from rlhf.rewards import missing_eos
 from rlhf.summaries import Post, gold_scores, read_posts, sampled_summaries
@@ -106,8 +106,6 @@ def check(cfg: Config) -> None:
     check_ranges(cfg)
     if cfg.temperature == 0:
         raise UserError("--temperature=0: n greedy samples are one and the same; take one above 0")
-    if check_out_dir(cfg, cfg.model, cfg.reward_model, cfg.data_dir) and not cfg.overwrite:
-        raise UserError(exists(Path(cfg.out_dir), resumable=False))
 
 
 def sampled_values(cfg: Config, posts: list[Post], device: torch.device) -> dict[str, Tensor]:
@@ -140,11 +138,13 @@ def main(cfg: Config) -> dict:
     began = time.time()
     device = setup(cfg.seed, cfg.device)
     check(cfg)
+    about = check_same(cfg, may_change={"overwrite", "device"})
     posts, _ = read_posts(cfg.data_dir, f"sft_{cfg.split}", [], cfg.rows)
     lines = best_of_n_table(sampled_values(cfg, posts, device))
     for line in lines:
         print("  ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step"))
-    out = open_directory(cfg, may_change=set())
+    enter(cfg, about)
+    out = Path(cfg.out_dir)
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     seconds = round(time.time() - began, 1)
     result = {"posts": len(posts), **lines[-1], "out_dir": str(out), "seconds": seconds}

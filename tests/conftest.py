@@ -78,3 +78,16 @@ def models(prepare):
     from rlhf.pretrained import save_pretrained
     save_pretrained(small(), TOKENIZER, Path("model"))
     save_pretrained(small("score", seed=1), TOKENIZER, Path("rm"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """The tiny world of faults.py, and in run/ an uninterrupted run of every script on its models."""
+    import faults
+    out = tmp_path_factory.mktemp("world")
+    faults.make_world(out)
+    with pytest.MonkeyPatch.context() as patches:
+        faults.stop_the_clock(patches)
+        for script in faults.ON_MODELS:
+            script.main(faults.config(out, script, out / "run" / script.__name__))
+    return out

@@ -186,7 +186,7 @@ def test_a_sweep_is_one_table_and_one_page(world, tmp_path):
             assert len(shown["pieces"]) == len(shown["ratios"]) == len(row["tokens"])
 
 
-def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch):
+def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     settings = sweep_settings(world)
     result = main(config(world, out, **settings))
@@ -201,7 +201,9 @@ def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch):
     main(config(world, out, **settings))
     assert (out / "sweep.csv").read_text() == csv
     trained_anew = world / "rloo/ckpt/step_00000010"
-    os.utime(trained_anew / "model.safetensors")
+    weights = trained_anew / "model.safetensors"
+    before = weights.read_bytes()
+    os.utime(weights)  # a copy with another date is the same model
     seen = []
 
     def summarise(cfg, path, **rest):
@@ -210,8 +212,12 @@ def test_a_sweep_skips_what_is_done(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "summarise", summarise)
     main(config(world, out, **settings))
-    assert seen == [str(trained_anew)]
-    assert (out / "sweep.csv").read_text() != csv
+    assert not seen and (out / "sweep.csv").read_text() == csv
+    weights.write_bytes((world / "rloo/ckpt/step_00000009/model.safetensors").read_bytes())
+    main(config(world, out, **settings))
+    weights.write_bytes(before)
+    assert seen == [str(trained_anew)] and (out / "sweep.csv").read_text() != csv
+    assert f"{out}/step_00000010: evaluated anew" in capsys.readouterr().out
 
 
 def test_a_sweep_without_a_judge_names_no_best(world, tmp_path):

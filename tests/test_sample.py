@@ -259,9 +259,9 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, s
     with pytest.raises(Killed):
         sample.main(cfg)
     assert not (tmp_path / "out/meta.json").exists()
-    with open(tmp_path / "out/.writing/parts.jsonl", "a") as file:
-        file.write('{"half')  # what a kill in the middle of a line leaves
-    with pytest.raises(UserError, match="not empty"):
+    with open(tmp_path / "out/parts.jsonl", "a") as file:
+        file.write('{"sft": [], "counts": {}')  # what a kill in the middle of a line leaves
+    with pytest.raises(UserError, match="exists: continue it with --resume"):
         sample.main(cfg)
     with pytest.raises(UserError, match="--k was 6, is 5"):
         sample.main(replace(cfg, resume=True, k=5))
