@@ -110,9 +110,11 @@ def agree(facts: dict[str, object]) -> None:
 
 
 def on_first(work: Callable):
-    """What `work` returned, or raised, on the first rank, on all of them."""
+    """What `work` returned, or raised, on the first rank, on all of them. It begins when all have come: what
+    they read before, it has not changed yet."""
     if RANKS == 1:
         return work()
+    distributed.barrier()
     said = [None, None]
     if FIRST:
         try:

@@ -79,7 +79,7 @@ class Run:
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
         self.about = check_out_dir(config)
-        check_ranks(config, self.about)
+        check_ranks(config, self.about, inputs_of)
         self.finished = False
         if self.about and not config.overwrite:
             if not config.resume:
@@ -113,8 +113,7 @@ class Run:
     ) -> int:
         """Now that data and models are known to be good, touches the directory: sets aside what is there
         (--overwrite) or restores its newest checkpoint (--resume). Returns the step to go on from."""
-        inputs = inputs_of(self.config)
-        on_first(lambda: enter(self.config, self.about, inputs))
+        enter(self.config, self.about, inputs_of(self.config))
         if not self.config.resume:
             return 0
         logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
