@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rlhf.config import UserError, command_line
-from rlhf.files import check_apart
+from rlhf.files import WRITING, check_apart, data_aside, move_in
 from rlhf.model import NeoX
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json, resolve, save_pretrained
 
@@ -43,8 +43,11 @@ def main(cfg: Config) -> dict:
         raise UserError("--models: a mean takes at least two models, joined by ','")
     check_apart(cfg.out_dir, *names)
     out = Path(cfg.out_dir)
-    average = (out / "averaged.json").exists()
-    if out.exists() and any(out.iterdir()) and not (average and cfg.overwrite):
+    average = (out / "averaged.json").exists() or (out / WRITING).exists()  # or what a kill left of one
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out_dir {out} is a file: choose another one")
+    used = out.exists() and any(path.name != WRITING for path in out.iterdir())
+    if used and not (average and cfg.overwrite):
         raise UserError(f"--out_dir {out} is not empty: choose another one"
                         + ", or replace that average with --overwrite" * average)
     kinds = [str(read_json(resolve(n, cfg.revision) / "config.json").get("architectures")) for n in names]
@@ -58,9 +61,10 @@ def main(cfg: Config) -> dict:
     for weight in total.parameters():
         weight /= len(names)
     result = {"models": names, "out_dir": cfg.out_dir}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "averaged.json").write_text(json.dumps(result) + "\n")
-    save_pretrained(total, tokenizer, out)
+    aside = data_aside(out)
+    save_pretrained(total, tokenizer, aside)
+    (aside / "averaged.json").write_text(json.dumps(result) + "\n")
+    move_in(aside, out, last="config.json")  # without it this is no model
     print(json.dumps(result))
     return result
 

@@ -103,8 +103,8 @@ class Config:
 
 MAY_CHANGE = {
     "resume", "overwrite", "device", "micro_batch_tokens", "rollout_prompts", "html", "html_rows",
-    "rank_timeout", "judge_cache", "judge_concurrency", "judge_timeout", "judge_max_requests", "judge_max_cost",
-    "judge_price_in", "judge_price_out",
+    "rank_timeout", "judge_cache", "judge_concurrency", "judge_timeout", "judge_max_requests",
+    "judge_max_cost", "judge_price_in", "judge_price_out",
 }
 PATTERN = re.compile(r"[*?\[]")
 

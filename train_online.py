@@ -43,7 +43,7 @@ from rlhf.model import NeoX
 from rlhf.pair_losses import seq_log_ratios
 from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import load_reward_fn
-from rlhf.rollout import round_model, take, two_samplers
+from rlhf.rollout import round_model, take, two_samplers, watched
 from rlhf.run import Run
 from rlhf.scores import Scorer, parse_mix
 from rlhf.summaries import log_samples, mean, summary_metrics
@@ -104,7 +104,7 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
-    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
+    samples_every: int = 20  # updates between two looks at the same few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
@@ -222,7 +222,8 @@ def main(cfg: Config) -> dict:
     if cfg.scorer == "gold" and not true_reward:
         raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
     data = read_prompts(cfg, bool(true_reward))
-    valid = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)
+    columns = ["query_token", "facts"] if true_reward else ["query_token"]
+    valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
@@ -244,6 +245,10 @@ def main(cfg: Config) -> dict:
         reward_fn=load_reward_fn(cfg.reward_fn), compare_fn=load_reward_fn(cfg.compare_fn, "compare_fn"),
         rule="none" if cfg.scorer == "gold" else cfg.missing_eos, penalty=cfg.missing_eos_penalty,
     )
+    sample = partial(
+        generate_all, max_new_tokens=R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
+        top_p=cfg.top_p, generator=generator,
+    )
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; {cfg.loss} {options}; "
           f"{len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on {device}")
@@ -263,11 +268,8 @@ def main(cfg: Config) -> dict:
         rows = batch_indices(len(data["query_token"]), N, step, cfg.seed)
         drawn = take(data, rows)
         prompts = drawn["query_token"]
-        sample = partial(
-            generate_all, sampler, max_new_tokens=R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
-            top_p=cfg.top_p, generator=generator, reference=reference,
-        )
-        responses, ended = two_samplers(sample, prompts, cfg.k, cfg.mixture, cfg.opponent)
+        mixed = partial(sample, sampler, reference=reference)
+        responses, ended = two_samplers(mixed, prompts, cfg.k, cfg.mixture, cfg.opponent)
         if cfg.data_pair:
             responses, ended = add_data_pair(responses, ended, drawn["chosen_token"], drawn["rejected_token"])
         slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
@@ -281,6 +283,11 @@ def main(cfg: Config) -> dict:
         compared = compare(scores, cfg.label, coins, scored.get("wins"), ranked=cfg.loss in RANKED)
         pairs = compared.kept.sum().item()
         timer.lap("scoring")
+        if cfg.samples_every and step % cfg.samples_every == 0:
+            shown = watched(partial(sample, policy), score, valid, 2, cfg.seed)
+            file = out.out / "samples.jsonl"
+            log_samples(file, step + 1, tokenizer, shown.prompts, shown.responses, shown.scored)
+            timer.lap("samples")
 
         # 3. update: one optimizer step per pass; the log is of the samples as the first pass sees them
         seen = []
@@ -310,8 +317,6 @@ def main(cfg: Config) -> dict:
         }
         if cfg.opponent is not None:
             metrics["opponent_scores"] = scores[:, own : cfg.k].mean().item()
-        if cfg.samples_every and step % cfg.samples_every == 0:
-            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, scored)
         tokens = sum(len(y) for group in responses for y in group)
         metrics |= timer.metrics(tokens=tokens, rollout=1, scoring=1, update=cfg.epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "accuracies", "response_length"))

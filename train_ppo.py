@@ -39,7 +39,7 @@ from rlhf.policy import clipped_token_loss, clipped_value_loss, gae, k1, k2, whi
 from rlhf.pretrained import load_tokenizer
 from rlhf.rewards import missing_eos
 from rlhf.run import Run
-from rlhf.summaries import log_samples, mean, summary_metrics, texts_of
+from rlhf.summaries import mean, summary_metrics, texts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,6 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient of policy and critic to this norm (0 = no clipping)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
-    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
@@ -248,9 +247,6 @@ def main(cfg: Config) -> dict:
             batch["gold"] = torch.tensor(truth).view(N, cfg.k)
         metrics = {"episode": (step + 1) * cfg.batch_size, **sample_metrics(batch), **critic_metrics(batch)}
         metrics |= {"lr": lr} | {key: mean([p[key] for p in passes]) for key in passes[0]}
-        if cfg.samples_every and step % cfg.samples_every == 0:
-            summed = {"rewards": masked_sum(batch["rewards"], batch["mask"])}  # (N, K)
-            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, batch | summed)
         metrics |= timer.metrics(tokens=tokens, rollout=1, scoring=1, update=cfg.ppo_epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "values", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator, critic=critic)

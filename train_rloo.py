@@ -40,7 +40,7 @@ from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3, minus_all_drawn
 from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import load_reward_fn
 from rlhf.rewards import adapted, entropy_bonus, own_terms, parse_reward, rlhf_reward
-from rlhf.rollout import ROLLOUTS, forced_tokens, take
+from rlhf.rollout import ROLLOUTS, forced_tokens, take, watched
 from rlhf.run import Run
 from rlhf.scores import Scorer, parse_mix
 from rlhf.summaries import log_samples, summary_metrics
@@ -98,7 +98,7 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping, as TRL's RLOO)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
-    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
+    samples_every: int = 20  # updates between two looks at the same few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
@@ -197,7 +197,8 @@ def main(cfg: Config) -> dict:
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     data = read_prompts(cfg, bool(true_reward))
-    valid = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)
+    columns = ["query_token", "facts"] if true_reward else ["query_token"]
+    valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
@@ -231,6 +232,7 @@ def main(cfg: Config) -> dict:
           f"reward: {cfg.reward}; {len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on "
           f"{device}")
 
+    samples_file = out.out / "samples.jsonl"
     for step in range(out.begin(policy, optimizer, generator), total):
         timer = Timer(device)
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
@@ -248,6 +250,17 @@ def main(cfg: Config) -> dict:
         responses = rollout.responses
         slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("scoring")
+        if cfg.samples_every and step % cfg.samples_every == 0:
+            shown = watched(sample, score, valid, cfg.k, cfg.seed)
+            groups = pack_rows(shown.prompts, shown.responses)
+            with torch.no_grad():
+                stats = token_stats(policy, groups, cfg.temperature, reference)
+            rewards, _ = rlhf_reward(
+                shown.scored["scores"], stats.logprobs, stats.ref_logprobs, groups.response_mask, coefficients
+            )  # (n, K)
+            scored = shown.scored | {"rewards": rewards}
+            log_samples(samples_file, step + 1, tokenizer, shown.prompts, shown.responses, scored)
+            timer.lap("samples")
 
         # The policy that scores is the one that sampled: its scoring forward is the first learning forward.
         parts, learnt = [], []
@@ -321,8 +334,6 @@ def main(cfg: Config) -> dict:
             "kl_prev/k3": masked_sum(k3(old_logprobs[quarter], moved), mask[quarter]).mean().item(),
             "lr": lr,
         }
-        if cfg.samples_every and step % cfg.samples_every == 0:
-            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, batch)
         metrics |= timer.metrics(tokens=mask.sum().item(), rollout=1, scoring=1, update=cfg.ppo_epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "entropy", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)

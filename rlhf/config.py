@@ -113,6 +113,7 @@ RANGES = {
     "judge_price_in": "[-1, inf)",
     "judge_price_out": "[-1, inf)",
     # pictures
+    "prompt": "[1, inf)",
     "columns": "[1, inf)",
     "smooth": "[1, inf)",
 }

@@ -60,7 +60,7 @@ def move_in(aside: Path, out: Path, last: str) -> None:
     """Moves the files of `aside` into `out`. Until `last` is there too, `out` counts as unfinished."""
     out.mkdir(parents=True, exist_ok=True)
     (out / last).unlink(missing_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == last):
+    for file in sorted(aside.iterdir(), key=lambda file: (file.name == last, file.name)):
         file.replace(out / file.name)
     sync(out)
     aside.rmdir()

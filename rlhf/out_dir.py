@@ -23,6 +23,7 @@ from rlhf.files import check_apart, fingerprint, identity, remove, write_file
 from rlhf.pretrained import read_json, resolve
 
 INPUTS = ("data_dir", "model", "ref_model", "reward_model")  # options that name what a script reads
+FUNCTIONS = ("reward_fn", "compare_fn")  # and those that name a function of the user's, file.py:name
 
 
 def script_of(config) -> str:
@@ -80,9 +81,10 @@ def named_by(config, name: str) -> list[str]:
     return [part for part in (value.split(",") if name == "reward_model" else [value]) if part]
 
 
-def reward_file(config) -> str:
-    """Of --reward_fn=file.py:name; "" if there is none."""
-    return getattr(config, "reward_fn", "").rpartition(":")[0]
+def function_files(config) -> dict[str, str]:
+    """{option: its file}."""
+    files = {name: getattr(config, name, "").rpartition(":")[0] for name in FUNCTIONS}
+    return {name: file for name, file in files.items() if file}
 
 
 def inputs_of(config) -> dict[str, dict[str, str]]:
@@ -96,13 +98,14 @@ def inputs_of(config) -> dict[str, dict[str, str]]:
             folder = f"{value}/" if len(values) > 1 else ""
             files = {folder + file: mark for file, mark in fingerprint(path).items()}
             found[name] = found.get(name, {}) | files
-    if source := reward_file(config):
-        found["reward_fn"] = {source: identity(Path(source))}
+    for name, source in function_files(config).items():
+        found[name] = {source: identity(Path(source))}
     return found
 
 
 def check_inputs(about: dict, config) -> None:
-    """Raises UserError if data or a model is another than when the run began."""
+    """Raises UserError if data or a model is another than when the run began. A function that failed has to
+    be mended: that it is another is only said."""
     before = about.get("inputs")
     now = inputs_of(config) if before else {}
     for name in now:
@@ -110,6 +113,9 @@ def check_inputs(about: dict, config) -> None:
         new = now[name]
         if other := sorted(file for file in old.keys() | new if old.get(file) != new.get(file)):
             path = getattr(config, name)
+            if name in FUNCTIONS:
+                print(f"--{name}={path} has changed since the run began: from here on it is the new one's")
+                continue
             raise UserError(f"--resume of {config.out_dir}: --{name}={path} is not what it was when the run "
                             f"began ({', '.join(other[:3])}): bring that back, or start anew with "
                             "--overwrite")
@@ -120,7 +126,7 @@ def check_out_dir(config, *inputs: str) -> dict:
     it is neither new nor a run of the same script, or if it is an input: one of INPUTS or of `inputs`."""
     out = Path(config.out_dir)
     read = [path for name in INPUTS for path in named_by(config, name)]
-    check_apart(config.out_dir, *read, reward_file(config), *inputs)
+    check_apart(config.out_dir, *read, *function_files(config).values(), *inputs)
     if config.overwrite and getattr(config, "resume", False):
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if is_new(out):

@@ -59,6 +59,17 @@ def one_by_one(sample: Callable, score: Callable, drawn: dict, k: int, R: int, l
     return rollout_of(prompts, responses, score(drawn, responses, ended))
 
 
+WATCHED = 3  # validation prompts whose responses a run shows again and again
+
+
+def watched(sample: Callable, score: Callable, valid: dict[str, list], k: int, seed: int) -> Rollout:
+    """k responses to the same few prompts from the same random numbers whenever it is called: what differs
+    is the policy. What the training draws stays as it is."""
+    drawn = take(valid, list(range(min(WATCHED, len(valid["query_token"])))))
+    generator = torch.Generator(score.device).manual_seed(seed)
+    return one_by_one(partial(sample, generator=generator), score, drawn, k, 0, lambda phase: None)
+
+
 # --- dataset reset (DR-PO, arXiv 2404.08495)
 
 

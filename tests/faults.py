@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import average
 import evaluate
 import rlhf.out_dir
 import sample
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINING = [train_sft, train_rm, train_rloo, train_simpo, train_ppo, train_online]
 ON_MODELS = [*TRAINING, sample, evaluate, best_of_n]
 DATA = [toy, jsonl, tldr]
-ALL = [*ON_MODELS, *DATA]
+ALL = [*ON_MODELS, average, *DATA]
 
 
 def make_world(out: Path) -> None:
@@ -90,7 +91,7 @@ def write_sources(out: Path) -> None:
 
 def config(world: Path, script, out_dir: Path, **changes):
     io = {"out_dir": str(out_dir)}
-    if script not in DATA:
+    if script in ON_MODELS:
         io |= {"data_dir": str(world / "data"), "device": "cpu"}
     sft, rm = {"model": f"{world}/sft"}, {"reward_model": f"{world}/rm"}
     train = {"save_every": 1, "lr": 1e-3, "eval_rows": 2}
@@ -108,6 +109,7 @@ def config(world: Path, script, out_dir: Path, **changes):
             "model": f"{world}/sft,{world}/data/../sft", **rm, "ref_model": f"{world}/sft", "judge": "rm",
             "n": 2, "response_tokens": 3, "html": True,
         },
+        average: {"models": f"{world}/sft,{world}/data/../sft"},
         best_of_n: {**sft, **rm, "rows": 2, "samples": 2},
         toy: {"posts": 3, "pairs": 2, "rankings": 2, "validation": 2, "test": 2, "size": "small"},
         jsonl: {"train": f"{world}/own.jsonl", "tokenizer": f"{world}/sft", "validation_share": 0.3},

@@ -303,7 +303,8 @@ def world(tmp_path_factory) -> Path:
 
 def config_of(world, out_dir, **changes):
     io = dict(data_dir=str(world / "data"), model=str(world / "sft"), reward_model=str(world / "rm"))
-    sizes = dict(device="cpu", batch_size=32, episodes=32, response_tokens=6, eval_rows=2, save_every=0)
+    sizes = dict(device="cpu", batch_size=32, episodes=32, response_tokens=6, eval_rows=2, save_every=0,
+                 samples_every=0)
     algorithm = dict(lr=0.1, adam_eps=1.0, temperature=1.0, missing_eos="none")
     return train_online.Config(**{**io, **sizes, **algorithm, "out_dir": str(out_dir), **changes})
 

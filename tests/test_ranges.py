@@ -28,7 +28,7 @@ def numbers(cls) -> list[str]:
 @pytest.mark.parametrize("script", [*ALL, plot, results], ids=lambda script: script.__name__)
 def test_every_number_has_a_range(script, capsys, monkeypatch):
     """And what is outside of it, or not finite, ends with code 2 before anything is read."""
-    required = ("data_dir", "model", "reward_model", "out_dir", "runs", "train", "tokenizer")
+    required = ("data_dir", "model", "reward_model", "out_dir", "runs", "train", "tokenizer", "models")
     given = [f"--{f.name}=nowhere" for f in fields(script.Config) if f.name in required]
     for name in numbers(script.Config):
         assert name in RANGES, f"{script.__name__} --{name} has no range in config.py"
