@@ -85,9 +85,11 @@ def last_word(message: str) -> None:
 def lost(error: RuntimeError) -> str | None:
     """What an error of the network says about another rank; None for any other error."""
     said = str(error)
+    if not LAUNCHED:
+        return None
     if re.search("[Tt]imed? ?out|Timeout", said):
         return f"rank {RANK} waited for another rank until the timeout (--rank_timeout): does one hang?"
-    if LAUNCHED and re.search("Connection (closed|reset)|Broken pipe|NCCL", said):
+    if re.search("Connection (closed|reset)|Broken pipe|NCCL", said):
         return f"rank {RANK} lost another rank: that one has ended ({said.splitlines()[0]})"
     return None
 

@@ -152,7 +152,7 @@ def check_ranks(config, about: dict, inputs: Callable = lambda config: {}) -> No
     there = out.resolve()
     while not there.is_dir():
         there = there.parent
-    probe = on_first(lambda: there / f".{out.name}.{os.getpid()}.probe")
+    probe = there / on_first(lambda: f".{out.name}.{os.getpid()}.probe")
     on_first(probe.touch)
     seen = exchange(probe.exists())
     on_first(probe.unlink)

@@ -1,7 +1,9 @@
 """One rank of a test: `torchrun tests/ranks.py JOBS.json` runs scripts' `main`, one after the other, in one
-group of ranks, so that torch starts once. A job may break something first, for the twin of a test."""
+group of ranks, so that torch starts once. A job may break something first, for the twin of a test, and each
+rank may stand in a folder of its own. The errors go to JOBS.json.errors."""
 
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +17,8 @@ import rlhf.generate
 from rlhf import dist
 from rlhf.config import UserError
 
-SCRIPTS = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
+TRAINING = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
+SCRIPTS = (*TRAINING, "evaluate", "sample", "study.best_of_n")
 torch.set_num_threads(1)
 
 generate, gather, shard = rlhf.generate.generate, dist.gather, dist.shard
@@ -46,6 +49,7 @@ BROKEN = {
     "norms_not_summed": {"sum_gradients": lambda parameters: None},
     "wrong_order": {"gather": lambda parts, slices: gather(parts, slices)[::-1]},
     "moments_lost": {"load_state": moments_lost},
+    "other_code": {"identity": lambda path: f"as rank {dist.RANK} has it"},
     "uneven_deal": {"deal": lambda slices: list(slices)[dist.RANK :: dist.RANKS]},
 }
 
@@ -54,7 +58,7 @@ def put(functions: dict) -> dict:
     """These functions under these names in every module that has the name; those that were there."""
     before = {}
     for key, module in list(sys.modules.items()):
-        if key.split(".")[0] in ("rlhf", *SCRIPTS):
+        if key.split(".")[0] in ("rlhf", *TRAINING):
             for name, function in functions.items():
                 if hasattr(module, name):
                     before[name] = getattr(module, name)
@@ -66,17 +70,24 @@ def main() -> None:
     dist.hush()
     for name in SCRIPTS:
         import_module(name)
+    errors = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         before = put(BROKEN[job["broken"]])
         script = import_module(job["script"])
-        out = Path(job["config"]["out_dir"])
+        os.chdir(job["folders"][dist.RANK])
         try:
             returned = script.main(script.Config(**job["config"]))
+            errors.append("")
         except UserError as error:
-            returned = {"error": str(error)}
-        if dist.FIRST and out.is_dir():
-            (out / "returned.json").write_text(json.dumps(returned))
+            errors.append(str(error))
+        else:
+            if dist.FIRST:
+                Path(job["config"]["out_dir"], "returned.json").write_text(json.dumps(returned))
         put(before)
+    every = dist.exchange(errors)
+    assert all(own == errors for own in every), every
+    if dist.FIRST:
+        Path(sys.argv[1] + ".errors").write_text(json.dumps(errors))
     dist.leave()
 
 
