@@ -27,8 +27,9 @@ def command(tiny, out: Path, **changes) -> list[str]:
 def start(ranks: int, *line: str, **how) -> subprocess.Popen:
     """torchrun, or one process, in a session of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *(launcher if ranks > 1 else []), *line], cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, *(launcher if ranks > 1 else []), *line], cwd=HERE.parent, env=environment,
         start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how,
     )
 
