@@ -96,6 +96,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
@@ -283,7 +284,7 @@ def best_of(lines: list[dict]) -> dict:
 def main(cfg: Config) -> dict:
     began = time.time()
     check(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     checkpoints = find_checkpoints(cfg.model)
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
     for path in checkpoints.values():

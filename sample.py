@@ -76,6 +76,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
@@ -212,7 +213,7 @@ def with_responses(
 def main(cfg: Config) -> dict:
     meta = read_meta(cfg.data_dir)
     check(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     R = cfg.response_tokens or meta["response_tokens"]  # longest response
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     if cfg.scorer == "gold" and not true_reward:

@@ -38,6 +38,7 @@ from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import RANKED, describe, extras, loss_options
 from rlhf.masked import seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.metrics import sample_metrics
 from rlhf.model import NeoX
 from rlhf.pair_losses import seq_log_ratios
@@ -113,10 +114,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def with_options(cfg: Config) -> tuple[Config, dict[str, float]]:
@@ -213,7 +216,13 @@ def main(cfg: Config) -> dict:
     meta = read_meta(cfg.data_dir)
     cfg, options = with_options(cfg)
     check(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model}
+        held |= {"reward model": cfg.reward_model} if cfg.scorer == "rm" else {}
+        held |= {"sampler": cfg.model} if cfg.round_updates else {}
+        sampled = {"table": "sft_train", "prompts": cfg.rollout_prompts, "k": cfg.k}
+        return dry_run(cfg, {"policy": cfg.model}, held, **sampled)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     own = cfg.k if cfg.opponent is None else cfg.k // 2  # responses per prompt that are not the opponent's
     R = cfg.response_tokens or meta["response_tokens"]  # longest sample

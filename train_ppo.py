@@ -33,6 +33,7 @@ from rlhf.forward import response_scores, token_stats, token_values
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_mean, masked_sum
+from rlhf.memory import dry_run
 from rlhf.metrics import sample_metrics
 from rlhf.model import NeoX
 from rlhf.policy import clipped_token_loss, clipped_value_loss, gae, k1, k2, whiten
@@ -87,10 +88,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def check(cfg: Config) -> None:
@@ -175,7 +178,11 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
 
 def main(cfg: Config) -> dict:
     check(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    if cfg.dry_run:
+        learning = {"policy": cfg.model, "critic": cfg.reward_model}
+        held = {"reference": cfg.ref_model or cfg.model, "reward model": cfg.reward_model}
+        return dry_run(cfg, learning, held, table="sft_train", prompts=cfg.rollout_prompts, k=cfg.k)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]  # longest response

@@ -34,6 +34,7 @@ from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.masked import masked_sum, seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_metrics
 from rlhf.model import NeoX
 from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3, minus_all_drawn
@@ -109,10 +110,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def check(cfg: Config) -> None:
@@ -189,7 +192,12 @@ def policy_gradient(
 
 def main(cfg: Config) -> dict:
     check(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model}
+        held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
+        at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
+        return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # rows of K responses per update
     asked = N // 2 if cfg.rollout == "budget" else N  # prompts per update
     meta = read_meta(cfg.data_dir)

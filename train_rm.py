@@ -37,6 +37,7 @@ from rlhf.dist import deal, gather
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
+from rlhf.memory import dry_run
 from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 
@@ -75,9 +76,11 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the model
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 NOTES = ("split", "batch", "confidence")  # accuracy is told by each of these that a validation table has
@@ -109,7 +112,9 @@ def accuracies(chosen: torch.Tensor, rejected: torch.Tensor, table: dict) -> dic
 
 def main(cfg: Config) -> dict:
     check_ranges(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    if cfg.dry_run:
+        return dry_run(cfg, {"reward model": cfg.model}, {})
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     read_meta(cfg.data_dir)
     columns = ["query_token", "chosen_token", "rejected_token"]
     train = read_table(cfg.data_dir, "pairs_train", columns, cfg.train_rows)

@@ -29,6 +29,7 @@ from rlhf.dist import deal, gather
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
+from rlhf.memory import dry_run
 from rlhf.pretrained import load_tokenizer
 from rlhf.run import Run
 from rlhf.summaries import summary_metrics
@@ -70,9 +71,11 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the model
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 TARGET = "reference_response_token"  # the column that is learnt
@@ -88,7 +91,9 @@ def learnt_part(query: list[int], response: list[int], loss_on: str) -> tuple[li
 
 def main(cfg: Config) -> dict:
     check_ranges(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    if cfg.dry_run:
+        return dry_run(cfg, {"policy": cfg.model}, {}, table="sft_validation", prompts=64)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
     there = column_names(cfg.data_dir, "sft_train")
     if there and TARGET not in there:

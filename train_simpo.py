@@ -33,6 +33,7 @@ from rlhf.generate import generate_all
 from rlhf.groups import pack
 from rlhf.losses import PREFERENCE_LOSSES, RANKED, describe, extras, loss_options, needs_reference
 from rlhf.masked import mean_logprobs, seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.pair_losses import dynamic_margins
 from rlhf.preferences import (
     AGAIN,
@@ -102,9 +103,11 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA,
     #                     float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def with_options(cfg: Config) -> tuple[Config, dict[str, float]]:
@@ -156,8 +159,11 @@ def main(cfg: Config) -> dict:
     cfg, options = with_options(cfg)
     loss_fn = PREFERENCE_LOSSES[cfg.loss]
     reads = extras(loss_fn)  # what it reads beside log-probs
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model} if needs_reference(loss_fn) else {}
+        return dry_run(cfg, {"policy": cfg.model}, held, table="sft_validation", prompts=64)
     table = "rankings_train" if cfg.loss in RANKED else "pairs_train"
-    device = setup(cfg.seed, cfg.device, cfg.rank_timeout)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     R = read_meta(cfg.data_dir)["response_tokens"]
     train = read_preferences(cfg.data_dir, table, cfg.loss, reads, cfg.train_rows)
     valid = read_preferences(cfg.data_dir, "pairs_validation", cfg.loss, reads, cfg.eval_rows)

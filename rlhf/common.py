@@ -10,14 +10,15 @@ from torch import nn
 from rlhf.config import RunError, UserError
 from rlhf.data import check_tokenizer
 from rlhf.dist import by_kind, gradient_norm, join, parameters, sum_gradients
+from rlhf.fast import paths, set_up_cuda
 from rlhf.logprobs import compile_kernels
 from rlhf.model import NeoX, compile_layers
 from rlhf.pretrained import from_pretrained, load_tokenizer
 
 
-def setup(seed: int, device: str, rank_timeout: float = 600.0) -> torch.device:
+def setup(seed: int, device: str, plain: bool = False, rank_timeout: float = 600.0) -> torch.device:
     """Seeds torch, picks the device ("auto": cuda if there is one; under torchrun each rank its own) and sets
-    up what makes it fast.
+    up what makes it fast (`plain`: leaves out what needs a compiler, see fast.py).
 
     Raises UserError for a device that torch does not have.
     """
@@ -29,9 +30,10 @@ def setup(seed: int, device: str, rank_timeout: float = 600.0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={device}: {str(error).splitlines()[0]}") from error
     torch.manual_seed(seed)
+    paths.plain = plain
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # a CUDA graph is recorded on the current device
-        torch.set_float32_matmul_precision("high")
+        set_up_cuda()
     else:
         keep_freed_memory()
     return chosen
@@ -59,7 +61,7 @@ def load_model(
     model = from_pretrained(path_or_id, revision=revision, device=device, dtype=dtype, **options)
     tokenizer = load_tokenizer(path_or_id, revision)
     check_tokenizer(data_dir, tokenizer, model.config.vocab_size, path_or_id)
-    if compiled:
+    if compiled and not paths.plain:
         compile_kernels()
         compile_layers(model)
     return model

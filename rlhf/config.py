@@ -235,6 +235,8 @@ def command_line(main, cls: type, epilog: str = "") -> None:
     except RuntimeError as error:
         if said := dist.lost(error):
             stop(f"error: {said}", 1)
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            stop(f"error: torch.compile failed ({error}): --plain does without it (slower)", 1)
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         stop("error: out of memory: lower --micro_batch_tokens, --rollout_prompts or --eval_rows; "

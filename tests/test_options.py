@@ -32,8 +32,9 @@ DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the t
 
 # Tested in test_scripts.py, test_cli.py or test_judge.py, or invisible without a hub or a language model.
 ELSEWHERE = {
-    "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "compare_fn", "samples_every",
-    "wandb", "tensorboard", "clip_high", "value_clip", "rank_timeout",
+    "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "compare_fn",
+    "samples_every", "dry_run", "plain", "rank_timeout",
+    "wandb", "tensorboard", "clip_high", "value_clip",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
     "judge_price_out",
