@@ -16,6 +16,7 @@ import rlhf.checkpoint
 import rlhf.generate
 from rlhf import dist
 from rlhf.config import UserError
+from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
 
 TRAINING = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
 SCRIPTS = (*TRAINING, "evaluate", "sample", "study.best_of_n")
@@ -66,12 +67,24 @@ def put(functions: dict) -> dict:
     return before
 
 
+def share(directory: str) -> float:
+    """Of all weights, those that this rank has, after a copy for inference and after a save."""
+    model = from_pretrained(directory, sharded=True)
+    dist.whole(model)
+    save_pretrained(model, load_tokenizer(directory), Path(sys.argv[1] + ".saved"))
+    held = sum(dist.own_rows(p)[0].numel() for p in model.parameters())
+    return held / sum(p.numel() for p in model.parameters())
+
+
 def main() -> None:
     dist.hush()
     for name in SCRIPTS:
         import_module(name)
     errors = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
+        if job["script"] == "share":
+            errors.append(str(share(job["model"])))
+            continue
         before = put(BROKEN[job["broken"]])
         script = import_module(job["script"])
         os.chdir(job["folders"][dist.RANK])

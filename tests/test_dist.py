@@ -213,6 +213,7 @@ def test_bad_input_is_told_by_every_rank_and_nothing_is_touched(tiny, tmp_path):
         job(tiny, "sft", out, "other_code"),
         job(tiny, "sft", "run", folders=both),
         job(tiny, "sft", out, device="cpu", seed=3),
+        {"script": "share", "model": str(tiny.root / "policy")},
     ]
     errors = run_jobs(2, jobs, tmp_path / "jobs.json")
     few = "2 ranks share the 1 prompts of an optimizer step: each needs one; start fewer"
@@ -221,4 +222,18 @@ def test_bad_input_is_told_by_every_rank_and_nothing_is_touched(tiny, tmp_path):
     assert errors[3] == "rank 1 has another version of the code than rank 0: all ranks need the same"
     assert errors[4].startswith(f"rank 1 does not see {both[0]}, where rank 0 writes: --out_dir has to be on")
     assert errors[5] == ""
+    assert 0.5 <= float(errors[6]) < 0.55  # the layer norms of this tiny model are 1 % of it
     assert [sorted(path.name for path in folder.iterdir()) for folder in both] == [["data"], ["data"]]
+
+
+def test_one_process_loads_nothing_of_it():
+    code = """
+import sys
+import train_rloo
+from rlhf import dist
+assert not dist.LAUNCHED and not hasattr(dist, "fully_shard")
+loaded = {".".join(name.split(".")[:3]) for name in sys.modules}
+assert not loaded & {"torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.run"}
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=environment, check=True)
