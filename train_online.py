@@ -1,7 +1,8 @@
 r"""Online preference learning: the policy samples, something compares, a pair loss learns.
 
     y_1 .. y_K ~ softmax((1-c) logits_pi + c logits_ref)     c: --mixture; of the last K/2: --opponent
-    P(y > y') = sigmoid(s(y) - s(y'))     s: reward model or gold; the label is hard, sampled or soft
+    P(y > y') = sigmoid(s(y) - s(y'))     s: reward models, gold or a function; or a function that compares.
+                                          The label is hard, sampled or soft
     loss      = pair loss(best of K, worst of K) + explore x log(pi/pi_ref)(y_K)
 Every method is these options, and its row at the end of --help. Leaves out: a policy of its own per opponent.
 To read beside it: rlhf/compare.py (pairs, labels, Nash-MD), rlhf/losses.py (pair losses).
@@ -32,17 +33,19 @@ from rlhf.compare import (
 )
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import RANKED, describe, extras, loss_options
 from rlhf.masked import seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.metrics import sample_metrics
 from rlhf.model import NeoX
 from rlhf.pair_losses import seq_log_ratios
 from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import load_reward_fn
-from rlhf.rollout import round_model, take, two_samplers
+from rlhf.rollout import round_model, take, two_samplers, watched
 from rlhf.run import Run
 from rlhf.scores import Scorer, parse_mix
 from rlhf.summaries import log_samples, mean, summary_metrics
@@ -103,7 +106,7 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
-    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
+    samples_every: int = 20  # updates between two looks at the same few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     # system
@@ -112,9 +115,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def with_options(cfg: Config) -> tuple[Config, dict[str, float]]:
@@ -159,7 +165,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, reference and the reward models, where they compare."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     names = filter(None, cfg.reward_model.split(",")) if cfg.scorer == "rm" else []
@@ -211,7 +217,13 @@ def main(cfg: Config) -> dict:
     meta = read_meta(cfg.data_dir)
     cfg, options = with_options(cfg)
     check(cfg)
-    device = setup(cfg.seed, cfg.device)
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model}
+        held |= {"reward model": cfg.reward_model} if cfg.scorer == "rm" else {}
+        held |= {"sampler": cfg.model} if cfg.round_updates else {}
+        sampled = {"table": "sft_train", "prompts": cfg.rollout_prompts, "k": cfg.k}
+        return dry_run(cfg, {"policy": cfg.model}, held, **sampled)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     own = cfg.k if cfg.opponent is None else cfg.k // 2  # responses per prompt that are not the opponent's
     R = cfg.response_tokens or meta["response_tokens"]  # longest sample
@@ -221,7 +233,8 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}: "
                         "give --reward_model")
     data = read_prompts(cfg, bool(true_reward))
-    valid = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)
+    columns = ["query_token", "facts"] if true_reward else ["query_token"]
+    valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
@@ -243,6 +256,10 @@ def main(cfg: Config) -> dict:
         reward_fn=load_reward_fn(cfg.reward_fn), compare_fn=load_reward_fn(cfg.compare_fn, "compare_fn"),
         rule="none" if cfg.scorer == "gold" else cfg.missing_eos, penalty=cfg.missing_eos_penalty,
     )
+    sample = partial(
+        generate_all, max_new_tokens=R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
+        top_p=cfg.top_p, generator=generator,
+    )
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{total} updates of {N} prompts x {cfg.k} responses of at most {R} tokens; {cfg.loss} {options}; "
           f"{len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on {device}")
@@ -262,14 +279,11 @@ def main(cfg: Config) -> dict:
         rows = batch_indices(len(data["query_token"]), N, step, cfg.seed)
         drawn = take(data, rows)
         prompts = drawn["query_token"]
-        sample = partial(
-            generate_all, sampler, max_new_tokens=R, batch=cfg.rollout_prompts, temperature=cfg.temperature,
-            top_p=cfg.top_p, generator=generator, reference=reference,
-        )
-        responses, ended = two_samplers(sample, prompts, cfg.k, cfg.mixture, cfg.opponent)
+        mixed = partial(sample, sampler, reference=reference)
+        responses, ended = two_samplers(mixed, prompts, cfg.k, cfg.mixture, cfg.opponent)
         if cfg.data_pair:
             responses, ended = add_data_pair(responses, ended, drawn["chosen_token"], drawn["rejected_token"])
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         groups = [pack_rows(prompts[s], responses[s]) for s in slices]
         timer.lap("rollout")
 
@@ -280,6 +294,11 @@ def main(cfg: Config) -> dict:
         compared = compare(scores, cfg.label, coins, scored.get("wins"), ranked=cfg.loss in RANKED)
         pairs = compared.kept.sum().item()
         timer.lap("scoring")
+        if cfg.samples_every and step % cfg.samples_every == 0:
+            shown = watched(partial(sample, policy), score, valid, 2, cfg.seed)
+            file = out.out / "samples.jsonl"
+            log_samples(file, step + 1, tokenizer, shown.prompts, shown.responses, shown.scored)
+            timer.lap("samples")
 
         # 3. update: one optimizer step per pass; the log is of the samples as the first pass sees them
         seen = []
@@ -292,11 +311,12 @@ def main(cfg: Config) -> dict:
                 if epoch == 0:
                     seen.append(samples_only(stats, g.response_mask, own, R))
             if pairs:
-                means = comparison_metrics(learnt, compared.kept)
+                means = comparison_metrics(gather(learnt, slices), compared.kept)
                 means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
                 passes.append(means)
         timer.lap("update")
 
+        seen = gather(seen, slices)
         batch = {key: torch.cat([part[key] for part in seen]) for key in seen[0]}  # (N, own, R)
         batch |= {name: values[:, :own] for name, values in scored.items() if values.dim() == 2}  # (N, own)
         metrics = {
@@ -308,9 +328,7 @@ def main(cfg: Config) -> dict:
         }
         if cfg.opponent is not None:
             metrics["opponent_scores"] = scores[:, own : cfg.k].mean().item()
-        if cfg.samples_every and step % cfg.samples_every == 0:
-            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, scored)
-        tokens = sum(g.response_mask.sum().item() for g in groups)
+        tokens = sum(len(y) for group in responses for y in group)
         metrics |= timer.metrics(tokens=tokens, rollout=1, scoring=1, update=cfg.epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "accuracies", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)

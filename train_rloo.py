@@ -29,17 +29,19 @@ from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
-from rlhf.groups import micro_batches, pack
+from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_sum, seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_metrics
 from rlhf.model import NeoX
 from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3, minus_all_drawn
 from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import load_reward_fn
 from rlhf.rewards import adapted, entropy_bonus, own_terms, parse_reward, rlhf_reward
-from rlhf.rollout import ROLLOUTS, forced_tokens, take
+from rlhf.rollout import ROLLOUTS, forced_tokens, take, watched
 from rlhf.run import Run
 from rlhf.scores import Scorer, parse_mix
 from rlhf.summaries import log_samples, summary_metrics
@@ -97,7 +99,7 @@ class Config:
     max_grad_norm: float = 0.0  # clip the gradient to this norm (0 = no clipping, as TRL's RLOO)
     # eval and logging
     eval_rows: int = 256  # validation prompts sampled after the last update
-    samples_every: int = 20  # updates between two looks at a few prompts, in samples.jsonl (0 = none)
+    samples_every: int = 20  # updates between two looks at the same few prompts, in samples.jsonl (0 = none)
     save_every: int = 100  # updates between two checkpoints (0 = none)
     keep: int = 2  # checkpoints kept, of which two can be resumed (0 = all)
     wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
@@ -108,9 +110,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def check(cfg: Config) -> None:
@@ -143,7 +148,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, reference and the reward models, if any."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     names = filter(None, cfg.reward_model.split(","))
@@ -173,6 +178,17 @@ def coefficients_now(cfg: Config, last: dict) -> dict[str, float]:
     return coefficients
 
 
+@torch.no_grad()
+def look(
+    cfg: Config, scored: dict[str, Tensor], groups: Groups, models: list, coefficients: dict[str, float],
+) -> dict[str, Tensor]:
+    """Numbers of the responses that samples.jsonl shows, (n, K) each: scores, and rewards as in training."""
+    stats = token_stats(models[0], groups, cfg.temperature, models[1])
+    known = scored["scores"], stats.logprobs, stats.ref_logprobs, groups.response_mask
+    rewards, _ = rlhf_reward(*known, coefficients, cfg.invalid_logprob_fill)  # (n, K)
+    return scored | {"rewards": rewards}
+
+
 def policy_gradient(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, bonus: Tensor | float = 0.0, *,
     loss_fn: Callable, sequences: int,
@@ -187,7 +203,12 @@ def policy_gradient(
 
 def main(cfg: Config) -> dict:
     check(cfg)
-    device = setup(cfg.seed, cfg.device)
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model}
+        held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
+        at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
+        return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # rows of K responses per update
     asked = N // 2 if cfg.rollout == "budget" else N  # prompts per update
     meta = read_meta(cfg.data_dir)
@@ -195,7 +216,8 @@ def main(cfg: Config) -> dict:
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     data = read_prompts(cfg, bool(true_reward))
-    valid = read_table(cfg.data_dir, "sft_validation", ["query_token"], cfg.eval_rows)
+    columns = ["query_token", "facts"] if true_reward else ["query_token"]
+    valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()
@@ -229,6 +251,7 @@ def main(cfg: Config) -> dict:
           f"reward: {cfg.reward}; {len(data['query_token'])} prompts; {parameters / 1e6:.2f}M parameters on "
           f"{device}")
 
+    samples_file = out.out / "samples.jsonl"
     for step in range(out.begin(policy, optimizer, generator), total):
         timer = Timer(device)
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
@@ -244,8 +267,14 @@ def main(cfg: Config) -> dict:
         rollout = ROLLOUTS[cfg.rollout](sample, score, drawn, cfg.k, R, timer.lap)
         prompts = rollout.prompts
         responses = rollout.responses
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("scoring")
+        if cfg.samples_every and step % cfg.samples_every == 0:
+            shown = watched(sample, score, valid, cfg.k, cfg.seed)
+            groups = pack_rows(shown.prompts, shown.responses)
+            numbers = look(cfg, shown.scored, groups, models, coefficients)
+            log_samples(samples_file, step + 1, tokenizer, shown.prompts, shown.responses, numbers)
+            timer.lap("samples")
 
         # The policy that scores is the one that sampled: its scoring forward is the first learning forward.
         parts, learnt = [], []
@@ -279,6 +308,7 @@ def main(cfg: Config) -> dict:
             timer.lap("scoring")
             learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask, bonus))
             timer.lap("update")
+        parts = gather(parts, slices)
         batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}  # (N, K, ...)
         old_logprobs, mask = batch["old_logprobs"], batch["mask"]
 
@@ -291,7 +321,7 @@ def main(cfg: Config) -> dict:
                     groups = pack_rows(prompts[s], responses[s])
                     logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
                     learnt.append(learn(logprobs, old_logprobs[s], batch["advantages"][s], mask[s]))
-            means = sequence_means(learnt)
+            means = sequence_means(gather(learnt, slices))
             means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
             passes.append(means)
         timer.lap("update")
@@ -299,11 +329,13 @@ def main(cfg: Config) -> dict:
         # 5. how far did the update go? log-probs of a quarter of the rollout under the new weights
         quarter = slice(max(1, N // 4))
         some_prompts, some_responses = prompts[quarter], responses[quarter]
+        some = deal(micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens))
         with torch.no_grad():
-            moved = torch.cat([
+            moved = [
                 token_stats(policy, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
-                for s in micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens)
-            ])  # (N / 4, K, R)
+                for s in some
+            ]
+        moved = torch.cat(gather(moved, some))  # (N / 4, K, R)
         timer.lap("drift")
 
         metrics = {
@@ -316,8 +348,6 @@ def main(cfg: Config) -> dict:
             "kl_prev/k3": masked_sum(k3(old_logprobs[quarter], moved), mask[quarter]).mean().item(),
             "lr": lr,
         }
-        if cfg.samples_every and step % cfg.samples_every == 0:
-            log_samples(out.out / "samples.jsonl", step + 1, tokenizer, prompts, responses, batch)
         metrics |= timer.metrics(tokens=mask.sum().item(), rollout=1, scoring=1, update=cfg.ppo_epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "entropy", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)

@@ -35,6 +35,7 @@ def options(work: Work) -> dict:
             "ppo_epochs": work.cfg.ppo_epochs,
             "missing_eos": "none",
             "rollout_prompts": work.N,
+            "samples_every": 0,
         }
     given = {"epochs": STEPS, "batch_size": work.N}
     if work.kind in ("dpo", "simpo"):

@@ -103,6 +103,7 @@ RANGES = {
     "keep": "[0, inf)",
     "micro_batch_tokens": "[1, inf)",
     "seed": "[0, 2147483647]",
+    "rank_timeout": "(0, inf)",
     # judge
     "judge_concurrency": "[1, 1000]",
     "judge_timeout": "(0, inf)",
@@ -112,6 +113,7 @@ RANGES = {
     "judge_price_in": "[-1, inf)",
     "judge_price_out": "[-1, inf)",
     # pictures
+    "prompt": "[1, inf)",
     "columns": "[1, inf)",
     "smooth": "[1, inf)",
 }
@@ -216,10 +218,16 @@ def command_line(main, cls: type, epilog: str = "") -> None:
     The description of --help is the docstring of main's module, `epilog` its last words.
     """
     description = sys.modules[main.__module__].__doc__
+    from rlhf import dist  # which raises errors of this file
+
+    dist.hush()
     config = cls(**vars(parser(cls, description, epilog).parse_args()))
     try:
+        if dist.LAUNCHED and not hasattr(config, "rank_timeout"):
+            raise UserError("this script has no work to share between ranks: start it without torchrun")
         check_ranges(config)
         main(config)
+        dist.leave()
     except UserError as error:
         stop(f"error: {error}", 2)
     except (RunError, OSError, SafetensorError, pa.ArrowException, MemoryError) as error:
@@ -227,6 +235,10 @@ def command_line(main, cls: type, epilog: str = "") -> None:
         hint = "; make room and run it again (with --resume where the script has it)" if full else ""
         stop(f"error: {error or type(error).__name__}{hint}", 1)
     except RuntimeError as error:
+        if said := dist.lost(error):
+            stop(f"error: {said}", 1)
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            stop(f"error: torch.compile failed ({error}): --plain does without it (slower)", 1)
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         stop("error: out of memory: lower --micro_batch_tokens, --rollout_prompts or --eval_rows; "
@@ -238,5 +250,7 @@ def command_line(main, cls: type, epilog: str = "") -> None:
 def stop(message: str, code: int) -> typing.NoReturn:
     for bar in list(getattr(tqdm, "_instances", [])):  # so that the message is a line of its own
         bar.close()
-    print(" ".join(message.split()), file=sys.stderr)
+    from rlhf import dist
+
+    dist.last_word(" ".join(message.split()))
     sys.exit(code)

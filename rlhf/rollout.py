@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlhf.common import frozen
+from rlhf.dist import on_first
 from rlhf.model import EOS, NeoX, compile_layers
 from rlhf.pretrained import from_pretrained, save_pretrained
 
@@ -56,6 +57,17 @@ def one_by_one(sample: Callable, score: Callable, drawn: dict, k: int, R: int, l
     responses, ended = sample(prompts, k)
     lap("rollout")
     return rollout_of(prompts, responses, score(drawn, responses, ended))
+
+
+WATCHED = 3  # validation prompts whose responses a run shows again and again
+
+
+def watched(sample: Callable, score: Callable, valid: dict[str, list], k: int, seed: int) -> Rollout:
+    """k responses to the same few prompts from the same random numbers whenever it is called: what differs
+    is the policy. What the training draws stays as it is."""
+    drawn = take(valid, list(range(min(WATCHED, len(valid["query_token"])))))
+    generator = torch.Generator(score.device).manual_seed(seed)
+    return one_by_one(partial(sample, generator=generator), score, drawn, k, 0, lambda phase: None)
 
 
 # --- dataset reset (DR-PO, arXiv 2404.08495)
@@ -215,7 +227,8 @@ def round_model(
     that a resumed run has the same, and each round's model can be evaluated."""
     if begins:
         save_pretrained(policy, tokenizer, folder)
-    model = frozen(from_pretrained(str(folder), device=policy.device, dtype=dtype))
+        on_first(folder.exists)  # all wait until it is written
+    model = frozen(from_pretrained(str(folder), device=policy.device, dtype=dtype, sharded=True))
     if compiled:
         compile_layers(model)
     return model

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.data import has_column, read_table
+from rlhf.dist import FIRST
 from rlhf.files import write_file
 from rlhf.model import EOS
 from rlhf.pretrained import read_tokenizer
@@ -86,7 +87,6 @@ def sampled_summaries(tokenizer: Tokenizer, responses: list[list[list[int]]], en
     return [Summary(*row) for row in zip(texts, tokens, ended.flatten().tolist(), strict=True)]
 
 
-SAMPLES = 3  # prompts of a batch that `log_samples` shows
 SHOWN = {"score": "scores", "reward": "rewards", "ended": "ended", "gold": "gold"}  # of each response
 
 
@@ -94,13 +94,15 @@ def log_samples(
     file: Path, step: int, tokenizer: Tokenizer, prompts: list[list[int]], responses: list[list[list[int]]],
     batch: dict[str, Tensor],
 ) -> None:
-    """Adds the first prompts of a scored rollout to a jsonl file, each response with SHOWN as far as it is
-    known. Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
+    """Adds scored responses to a jsonl file, a line per prompt; of each response SHOWN as far as it is known.
+    Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
+    if not FIRST:
+        return
     lines = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < step]
-    texts = texts_of(tokenizer, responses[:SAMPLES])
+    texts = texts_of(tokenizer, responses)
     K = len(responses[0])
-    for n, prompt in enumerate(tokenizer.decode_batch(prompts[:SAMPLES])):
+    for n, prompt in enumerate(tokenizer.decode_batch(prompts)):
         columns = {key: batch[name][n].tolist() for key, name in SHOWN.items() if name in batch}
         own = texts[n * K : (n + 1) * K]
         rows = [dict(zip(columns, numbers)) for numbers in zip(*columns.values(), strict=True)]

@@ -82,7 +82,7 @@ def read_reward(text: str) -> dict[str, str | float]:
 def read_config(path: Path, about: dict) -> dict:
     """The settings in a run.json, the reward as its term and coefficient."""
     config = about["config"]
-    if "kl_coef" in config:
+    if {"kl_coef", "reward"} <= config.keys():
         raise UserError(f"{path}: an old run, its --reward has no coefficients (kl:0.05); run it again")
     return config | read_reward(str(config["reward"])) if "reward" in config else config
 

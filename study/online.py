@@ -3,8 +3,8 @@ r"""Every way to learn from one's own samples, side by side: the commands of run
     python -m study.online --commands --out=out/online    a line per run that is not finished: name, commands
     python -m study.online --table --out=out/online       a markdown table of what each came to
 
-Per method the mean over seeds, and in brackets the smallest and the largest: gold reward, KL to the SFT model
-and length of sampled summaries of the final model (evaluate.py); seconds of all its steps on one core.
+Per method the mean over seeds and their standard deviation: gold reward, KL to the SFT model and length of
+sampled summaries of the final model (evaluate.py); mean seconds of all its steps on one core.
 """
 
 import re
@@ -22,7 +22,7 @@ COMMON = {
     "train_rloo.py": f"--k=4 {SAMPLED} --ppo_epochs=1 --schedule=constant",
     "train_ppo.py": f"{SAMPLED} --ppo_epochs=1 --schedule=constant",
     "train_online.py": SAMPLED,
-    "sample.py": "--rows=2000",
+    "sample.py": "--rows=800",
     "train_sft.py": "--batch_size=16 --lr=3e-4 --warmup=0.05 --loss_on=response --max_grad_norm=1",
     "train_simpo.py": "--batch_size=32 --lr=1e-4",
 }
@@ -40,7 +40,7 @@ METHODS = {
     "attached": ("MaxEnt, its whole gradient", "README",
                  "train_rloo.py --reward=maxent_length:0.1 --attached"),
     "aer": ("MaxEnt at a target entropy", "2510.10959",
-            "train_rloo.py --reward=maxent_length:0.1 --entropy_target=0.4"),
+            "train_rloo.py --reward=maxent_length:0.1 --entropy_target=0.3 --entropy_rate=0.05"),
     "minent": ("MinEnt", "2509.20265", "train_rloo.py --reward=minent_length:0.1"),
     "entropy_minimisation": ("entropy minimisation", "2505.15134",
                              "train_rloo.py --reward=score:0+maxent:-0.5"),
@@ -75,7 +75,7 @@ METHODS = {
                       f"train_online.py --loss=dpo --beta=0.1 --k=8 --epochs=2 {ROUND}"),
     "raft": ("RAFT, ReST", "2304.06767", "sample.py --select=best --k=8", "train_sft.py"),
     "sharpening": ("sharpening by SFT", "2412.01951", "sample.py --select=own --k=8", "train_sft.py"),
-    "rso": ("RSO", "2309.06657", "sample.py --select=rso --k=64 --accept=8 --rows=500",
+    "rso": ("RSO", "2309.06657", "sample.py --select=rso --k=32 --accept=8 --rows=300",
             "train_simpo.py --loss=hinge"),
     "mpo": ("mixed preference optimisation", "2403.19443", "sample.py --select=gap --k=4 --gap=0.5",
             "train_simpo.py --loss=dpo --beta=0.1 --out_dir={run}_dpo",
@@ -89,7 +89,7 @@ class Config:
     commands: bool = False  # print what is to be run
     table: bool = False  # print what came of it
     seeds: str = "1,2,3"  # of --commands
-    episodes: int = 6400  # of --commands: responses sampled in a run
+    episodes: int = 2560  # of --commands: responses that a run of RL samples
     only: str = ""  # of --commands: some of the methods, joined by ','
 
 
@@ -129,9 +129,11 @@ def finished(name: str, seed: int, out: str) -> bool:
 
 def short(name: str) -> str:
     """The commands as the table shows them: what tells this method from others."""
-    shown = [re.sub(r" --(\w+=\{\S+|out_dir=\S+|reward_model=( |$)|rows=\d+)", " ", step)
-             for step in METHODS[name][2:]]
-    return ", ".join(f"`{' '.join(step.split())}`" for step in shown)
+    shown = []
+    for step in METHODS[name][2:]:
+        text = step.format(run="mpo", out="", third="N", episodes="").replace("=/", "=").replace(",/", ",")
+        shown.append(re.sub(r" --(out_dir=\S+|rows=\d+|reward_model=(?= ))", "", text))
+    return ", ".join(f"`{text}`" for text in shown)
 
 
 COLUMNS: dict[str, Callable[[RunLog], float]] = {

@@ -5,11 +5,13 @@ r"""Curves of one or several runs, side by side, as a PNG; or a figure of the pa
     python -m study.plot --figure=3 --out=docs/figures/figure_3.png \\
         --runs='small=out/study/small,medium=out/study/medium,large=out/study/large'
 
+    python -m study.plot --samples --runs='KL=out/demo/rloo_kl,MaxEnt=out/demo/rloo_maxent' --out=samples.png
+
 A run is a directory with metrics.jsonl. An item of --runs is [label=]pattern; a pattern that matches
 several runs (seeds: 'KL=out/study/kl_s*') is drawn as their mean with a band from the lowest to the
 highest. With --figure (figures.py) an item is [label=]folder, the folder of all runs of one model size, in
-the paper's order 1B, 2.8B, 6.9B; the runs are found by their settings. Needs matplotlib
-(requirements-dev.txt).
+the paper's order 1B, 2.8B, 6.9B; the runs are found by their settings. With --samples a run is one with
+samples.jsonl: how the answers to one prompt change (samples.py). Needs matplotlib (requirements-dev.txt).
 """
 
 import glob
@@ -25,6 +27,7 @@ from rlhf.config import UserError, command_line
 from study.figures import FIGURES
 from study.logs import find_runs, read_columns
 from study.panels import LOOKS, canvas, draw, legend, pyplot
+from study.samples import answers
 
 TITLES = {  # what an axis says; a metric that is not here goes by its own name
     "scores": "reward model's score (proxy)",
@@ -51,6 +54,8 @@ class Config:
     runs: str  # runs joined by ',': [label=]directory or pattern, several matches of one pattern are seeds;
                # with --figure [label=]folder of runs
     metrics: str = "scores,gold,kl,entropy"  # columns of metrics.jsonl joined by ',': one panel each
+    samples: bool = False  # instead of --metrics: the answers to one prompt over the updates of each run
+    prompt: int = 1  # of --samples: which of the prompts that a run shows
     figure: str = ""  # instead of --metrics: 1 to 12, gold_kl, proxy_gold, best_of_n or reward_gold
     out: str = "curves.png"  # the picture
     # looks
@@ -61,16 +66,22 @@ class Config:
     caption: str = ""  # a line below everything
 
 
-def read_curves(items: str) -> dict[str, list[dict[str, np.ndarray]]]:
-    """{label: the columns of the runs (seeds) that its pattern matches}."""
+def matches(items: str, file: str) -> dict[str, list[Path]]:
+    """{label: the runs (seeds) with that file that its pattern matches}."""
     out = {}
     for item in items.split(","):
         label, _, pattern = item.rpartition("=")
-        found = sorted(path for path in map(Path, glob.glob(pattern)) if (path / "metrics.jsonl").exists())
+        found = sorted(path for path in map(Path, glob.glob(pattern)) if (path / file).exists())
         if not found:
-            raise UserError(f"--runs: {pattern} matches no run (a directory with metrics.jsonl)")
-        out[label or Path(pattern).name] = [read_columns(path / "metrics.jsonl") for path in found]
+            raise UserError(f"--runs: {pattern} matches no run (a directory with {file})")
+        out[label or Path(pattern).name] = found
     return out
+
+
+def read_curves(items: str) -> dict[str, list[dict[str, np.ndarray]]]:
+    """{label: the columns of its runs}."""
+    found = matches(items, "metrics.jsonl")
+    return {label: [read_columns(path / "metrics.jsonl") for path in paths] for label, paths in found.items()}
 
 
 def curves(cfg: Config, lines: dict[str, list[dict[str, np.ndarray]]]):
@@ -129,6 +140,9 @@ def main(cfg: Config) -> None:
         items = [item.rpartition("=") for item in cfg.runs.split(",")]
         found = {label or Path(folder).name: find_runs(folder) for label, _, folder in items}
         figure = paper_figure(cfg, found)
+    elif cfg.samples:
+        found = matches(cfg.runs, "samples.jsonl")
+        figure = answers({label: path / "samples.jsonl" for label, (path, *_) in found.items()}, cfg.prompt)
     else:
         found = read_curves(cfg.runs)
         figure = curves(cfg, found)

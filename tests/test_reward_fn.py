@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from own import LINES, lines_of, rloo
+from safetensors.torch import load_file
 
 from rlhf.config import RunError, UserError
+from rlhf.data import read_table
 from rlhf.pretrained import from_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +44,7 @@ calls = 0
 def stops(prompts, texts):
     global calls
     calls += 1
-    return [math.inf if calls == 4 else 1.0 * len(text) for text in texts]
+    return [math.inf if calls == 7 else 1.0 * len(text) for text in texts]  # each update calls twice
 
 number = 3
 """
@@ -91,12 +93,12 @@ def test_one_reward(reward_file):
 def test_a_run_with_a_function_is_resumed_where_it_failed(reward_file):
     """The same numbers as without the failure, and no line of samples twice."""
     options = dict(reward_fn="reward.py:stops", save_every=2, samples_every=1)
-    Path("reward.py").write_text(REWARD.replace("calls == 4", "False"))
+    Path("reward.py").write_text(REWARD.replace("calls == 7", "False"))
     rloo(**options, out_dir="whole")
     Path("reward.py").write_text(REWARD)
     with pytest.raises(RunError, match="stops returned inf"):
         rloo(**options)
-    assert [line["step"] for line in lines_of("rloo/samples.jsonl")] == [1] * 3 + [2] * 3 + [3] * 3
+    assert [line["step"] for line in lines_of("rloo/samples.jsonl")] == [1, 2, 3]
     rloo(**options, resume=True)
     assert lines_of("rloo/samples.jsonl") == lines_of("whole/samples.jsonl")
     scores = [[line["scores"] for line in lines_of(f"{run}/metrics.jsonl")] for run in ("rloo", "whole")]
@@ -106,9 +108,9 @@ def test_a_run_with_a_function_is_resumed_where_it_failed(reward_file):
 def test_a_function_may_be_mended_before_the_resume(reward_file, capsys):
     """What the error advises; a reward model that is another is refused."""
     with pytest.raises(RunError, match="stops returned inf.* mend it and continue with --resume"):
-        rloo(reward_fn="reward.py:stops", save_every=1)
-    Path("reward.py").write_text(REWARD.replace("calls == 4", "False"))
-    rloo(reward_fn="reward.py:stops", save_every=1, resume=True)
+        rloo(reward_fn="reward.py:stops", save_every=1, samples_every=1)
+    Path("reward.py").write_text(REWARD.replace("calls == 7", "False"))
+    rloo(reward_fn="reward.py:stops", save_every=1, samples_every=1, resume=True)
     assert "--reward_fn=reward.py:stops has changed since the run began" in capsys.readouterr().out
     assert [line["step"] for line in lines_of("rloo/metrics.jsonl")] == [1, 2, 3, 4]
 
@@ -116,16 +118,26 @@ def test_a_function_may_be_mended_before_the_resume(reward_file, capsys):
 def test_samples_show_what_was_scored(reward_file):
     rloo(reward_fn="reward.py:brief", samples_every=3, missing_eos="none", reward="kl:0.5")
     lines = lines_of("rloo/samples.jsonl")
-    assert [line["step"] for line in lines] == [1] * 3 + [4] * 3
-    prompts = {row["prompt"] for row in LINES}
+    assert [line["step"] for line in lines] == [1, 4]
+    (prompt,) = read_table("data", "sft_validation", ["query"])["query"]  # a look at the same prompt again
     for line in lines:
-        assert line["prompt"] in prompts and len(line["responses"]) == 2
+        assert line["prompt"] == prompt and len(line["responses"]) == 2
         for response in line["responses"]:
             assert response["score"] == pytest.approx(-len(response["text"]) / 10 + 1, rel=1e-6)
             assert response.keys() == {"text", "score", "reward", "ended"}
             assert response["ended"] in (True, False)
     terms = [[r["reward"] - r["score"] for r in line["responses"]] for line in lines]
-    assert not any(map(any, terms[:3])) and any(map(any, terms[3:]))  # the KL is 0 before the first update
+    assert not any(terms[0]) and any(terms[1])  # the KL is 0 before the first update
+
+
+def test_a_look_at_samples_changes_no_number(reward_file):
+    for every in (0, 1):
+        rloo(reward_fn="reward.py:brief", samples_every=every, out_dir=f"every_{every}")
+    logs = [lines_of(f"every_{n}/metrics.jsonl") for n in (0, 1)]
+    numbers = [[{k: v for k, v in line.items() if "second" not in k} for line in log] for log in logs]
+    assert numbers[0] == numbers[1] and not Path("every_0/samples.jsonl").exists()
+    a, b = (load_file(f"every_{n}/model.safetensors") for n in (0, 1))
+    assert all(a[name].equal(b[name]) for name in a)
 
 
 # --- from the README
@@ -195,7 +207,7 @@ def test_trackers_get_the_lines_of_the_log(reward_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     with pytest.raises(RunError, match="stops returned inf"):
-        rloo(reward_fn="reward.py:stops", wandb="mine", tensorboard=True)
+        rloo(reward_fn="reward.py:stops", wandb="mine", tensorboard=True, samples_every=1)
     lines = lines_of("rloo/metrics.jsonl")
     assert got["wandb"] == lines and len(lines) == 3
     assert got["tensorboard"][:2] == [(1, "episode", 8), (1, "scores", lines[0]["scores"])]

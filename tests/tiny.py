@@ -49,11 +49,12 @@ def base(script: ModuleType) -> dict:
     reference = dict(ref_model="{world}/reference")
     reward_model = dict(reward_model="{world}/rm")
     judged = dict(judge="gold", temperature=0.7, agreement="pairs_validation")
-    rloo = dict(reward="kl:0.05+maxent_length:0.1", k=2, batch_size=8, episodes=16, ppo_epochs=2, clip=0.1)
+    rloo = dict(reward="kl:0.05+maxent_length:0.1", k=2, batch_size=8, episodes=16, ppo_epochs=2, clip=0.1,
+                samples_every=0)
     pairs = dict(loss="dpo", beta=0.1, missing_eos="subtract")
     ppo = dict(kl_coef=0.05, k=2, batch_size=8, episodes=24, ppo_epochs=2, clip=0.1, vf_coef=3.0,
                missing_eos="subtract")
-    online = pairs | dict(k=4, batch_size=12, episodes=36, temperature=1.0)
+    online = pairs | dict(k=4, batch_size=12, episodes=36, temperature=1.0, samples_every=0)
     return {
         train_sft: io | train | dict(batch_size=6),
         train_rm: io | train | dict(batch_size=3),
