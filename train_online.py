@@ -33,11 +33,13 @@ from rlhf.compare import (
 )
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import RANKED, describe, extras, loss_options
 from rlhf.masked import seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.metrics import sample_metrics
 from rlhf.model import NeoX
 from rlhf.pair_losses import seq_log_ratios
@@ -113,9 +115,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def with_options(cfg: Config) -> tuple[Config, dict[str, float]]:
@@ -160,7 +165,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, reference and the reward models, where they compare."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     names = filter(None, cfg.reward_model.split(",")) if cfg.scorer == "rm" else []
@@ -212,7 +217,13 @@ def main(cfg: Config) -> dict:
     meta = read_meta(cfg.data_dir)
     cfg, options = with_options(cfg)
     check(cfg)
-    device = setup(cfg.seed, cfg.device)
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model}
+        held |= {"reward model": cfg.reward_model} if cfg.scorer == "rm" else {}
+        held |= {"sampler": cfg.model} if cfg.round_updates else {}
+        sampled = {"table": "sft_train", "prompts": cfg.rollout_prompts, "k": cfg.k}
+        return dry_run(cfg, {"policy": cfg.model}, held, **sampled)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     own = cfg.k if cfg.opponent is None else cfg.k // 2  # responses per prompt that are not the opponent's
     R = cfg.response_tokens or meta["response_tokens"]  # longest sample
@@ -271,7 +282,7 @@ def main(cfg: Config) -> dict:
         responses, ended = two_samplers(mixed, prompts, cfg.k, cfg.mixture, cfg.opponent)
         if cfg.data_pair:
             responses, ended = add_data_pair(responses, ended, drawn["chosen_token"], drawn["rejected_token"])
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         groups = [pack_rows(prompts[s], responses[s]) for s in slices]
         timer.lap("rollout")
 
@@ -299,11 +310,12 @@ def main(cfg: Config) -> dict:
                 if epoch == 0:
                     seen.append(samples_only(stats, g.response_mask, own, R))
             if pairs:
-                means = comparison_metrics(learnt, compared.kept)
+                means = comparison_metrics(gather(learnt, slices), compared.kept)
                 means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
                 passes.append(means)
         timer.lap("update")
 
+        seen = gather(seen, slices)
         batch = {key: torch.cat([part[key] for part in seen]) for key in seen[0]}  # (N, own, R)
         batch |= {name: values[:, :own] for name, values in scored.items() if values.dim() == 2}  # (N, own)
         metrics = {
@@ -315,7 +327,7 @@ def main(cfg: Config) -> dict:
         }
         if cfg.opponent is not None:
             metrics["opponent_scores"] = scores[:, own : cfg.k].mean().item()
-        tokens = sum(g.response_mask.sum().item() for g in groups)
+        tokens = sum(len(y) for group in responses for y in group)
         metrics |= timer.metrics(tokens=tokens, rollout=1, scoring=1, update=cfg.epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "accuracies", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)

@@ -29,10 +29,12 @@ from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_sum, seq_logprobs
+from rlhf.memory import dry_run
 from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_metrics
 from rlhf.model import NeoX
 from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3, minus_all_drawn
@@ -108,9 +110,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the models
+    plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
+    dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
 def check(cfg: Config) -> None:
@@ -143,7 +148,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, reference and the reward models, if any."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     names = filter(None, cfg.reward_model.split(","))
@@ -198,7 +203,12 @@ def policy_gradient(
 
 def main(cfg: Config) -> dict:
     check(cfg)
-    device = setup(cfg.seed, cfg.device)
+    if cfg.dry_run:
+        held = {"reference": cfg.ref_model or cfg.model}
+        held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
+        at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
+        return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # rows of K responses per update
     asked = N // 2 if cfg.rollout == "budget" else N  # prompts per update
     meta = read_meta(cfg.data_dir)
@@ -257,7 +267,7 @@ def main(cfg: Config) -> dict:
         rollout = ROLLOUTS[cfg.rollout](sample, score, drawn, cfg.k, R, timer.lap)
         prompts = rollout.prompts
         responses = rollout.responses
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("scoring")
         if cfg.samples_every and step % cfg.samples_every == 0:
             shown = watched(sample, score, valid, cfg.k, cfg.seed)
@@ -298,6 +308,7 @@ def main(cfg: Config) -> dict:
             timer.lap("scoring")
             learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask, bonus))
             timer.lap("update")
+        parts = gather(parts, slices)
         batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}  # (N, K, ...)
         old_logprobs, mask = batch["old_logprobs"], batch["mask"]
 
@@ -310,7 +321,7 @@ def main(cfg: Config) -> dict:
                     groups = pack_rows(prompts[s], responses[s])
                     logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
                     learnt.append(learn(logprobs, old_logprobs[s], batch["advantages"][s], mask[s]))
-            means = sequence_means(learnt)
+            means = sequence_means(gather(learnt, slices))
             means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
             passes.append(means)
         timer.lap("update")
@@ -318,11 +329,13 @@ def main(cfg: Config) -> dict:
         # 5. how far did the update go? log-probs of a quarter of the rollout under the new weights
         quarter = slice(max(1, N // 4))
         some_prompts, some_responses = prompts[quarter], responses[quarter]
+        some = deal(micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens))
         with torch.no_grad():
-            moved = torch.cat([
+            moved = [
                 token_stats(policy, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
-                for s in micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens)
-            ])  # (N / 4, K, R)
+                for s in some
+            ]
+        moved = torch.cat(gather(moved, some))  # (N / 4, K, R)
         timer.lap("drift")
 
         metrics = {

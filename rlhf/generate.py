@@ -1,8 +1,8 @@
 """K samples per prompt: the prompt is prefilled once, all K read its cache and append to caches of their own.
 
-The caches are allocated once per call at their final size. So every decode step has the same shapes and reads
-and writes the same tensors: on a GPU it is recorded once, as a CUDA graph, and replayed. Positions are
-explicit: nothing depends on padding.
+The caches are allocated once at their final size, for all calls of equal shape (`Decoder`). So every decode
+step has the same shapes and reads and writes the same tensors: on a GPU it is recorded once, as a CUDA graph,
+and replayed. Positions are explicit: nothing depends on padding.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf.config import UserError
+from rlhf.config import RunError, UserError
+from rlhf.dist import gather, share, whole
+from rlhf.fast import paths
 from rlhf.groups import Groups, pack
+from rlhf.logprobs import head_logits
 from rlhf.model import EOS, PAD, NeoX
 
 BLOCK = 128  # tokens in a block of `sample`; divides Pythia's vocabulary of 50304
@@ -35,20 +38,21 @@ class Cache:
     prompt_bias: Tensor
 
     @staticmethod
-    def allocate(model: NeoX, prompt_lengths: list[int], K: int, R: int) -> "Cache":
+    def allocate(model: NeoX, N: int, K: int, P: int, R: int) -> "Cache":
         L = model.config.num_hidden_layers
         H = model.config.num_attention_heads
         D = model.config.hidden_size // H
-        N = len(prompt_lengths)
-        P = max(prompt_lengths)
-        lengths = torch.tensor(prompt_lengths, device=model.device)
-        outside = torch.arange(P, device=model.device) >= lengths[:, None]  # (N, P)
-        bias = torch.zeros(N, P, device=model.device).masked_fill(outside, float("-inf"))
         # zeros, not empty: a masked key is multiplied by a zero weight, and 0 * nan would be nan
         options = {"dtype": model.matmul_dtype, "device": model.device}
         prompt = [torch.zeros(L, N, H, P, D, **options) for _ in range(2)]
         response = [torch.zeros(L, N, H, K, R, D, **options) for _ in range(2)]
-        return Cache(*prompt, *response, bias[:, None, None])
+        return Cache(*prompt, *response, torch.zeros(N, 1, 1, P, device=model.device))
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Hides what is behind the end of each prompt, lengths (N,): of an earlier call, or nothing."""
+        P = self.prompt_bias.shape[-1]
+        outside = torch.arange(P, device=lengths.device) >= lengths[:, None]  # (N, P)
+        self.prompt_bias.zero_().masked_fill_(outside[:, None, None], float("-inf"))
 
     def prefill(self, groups: Groups):
         """The `attend` of the prefill: that of the packed prompts, which also fills the prompt cache."""
@@ -110,8 +114,9 @@ def invert(weights: Tensor, share: Tensor) -> Tensor:
 
 def sample(
     logits: Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """One token per row of logits (B, V) -> (B,).
+    """One token per row of logits (B, V) -> (B,), from uniform numbers, `noise` (B, 1) or drawn here.
 
     temperature 0 is greedy; top_p keeps the smallest set of tokens with at least that much probability.
 
@@ -127,7 +132,9 @@ def sample(
         probs, order = probs.sort(-1, descending=True)
         before = probs.cumsum(-1) - probs  # (B, V): of all tokens ahead in the order
         probs = probs.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0.0)
-    share = torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    share = noise
+    if share is None:
+        share = torch.rand(len(probs), 1, generator=generator, device=probs.device)
     if probs.shape[-1] % BLOCK or probs.shape[-1] < 64 * BLOCK:
         token = invert(probs, share)  # (B, 1)
     else:
@@ -144,16 +151,26 @@ def sample(
     return token[:, 0]
 
 
+def records(device: torch.device) -> bool:
+    return device.type == "cuda" and not paths.plain
+
+
 def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """`step` as a CUDA graph, one launch for all its kernels: it always reads and writes the same tensors.
 
     To be called after a first ordinary step: what allocates or initialises itself lazily must have done so.
     Under autocast the graph reads the bfloat16 copies of the weights that this first step made; it must not
-    outlive the surrounding autocast context.
+    outlive the outermost autocast context.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    try:
+        with torch.cuda.graph(graph):
+            out = step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RunError(f"a decode step cannot be recorded as a CUDA graph ({error}): --plain does without it "
+                       "(slower)") from error
 
     def replay() -> Tensor:
         graph.replay()
@@ -162,9 +179,10 @@ def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def mixed_logits(models: list[NeoX], hidden: list[Tensor], mixture: float) -> Tensor:
-    """Next-token logits (B, V) from the hidden states (B, C) of one model, or of model and reference."""
-    logits = [m.embed_out(h).float() for m, h in zip(models, hidden)]  # (B, V) each
+def mixed_logits(heads: list[Tensor], hidden: list[Tensor], mixture: float) -> Tensor:
+    """Next-token logits (B, V) from heads (V, C) and hidden states (B, C) of one model, or of model and
+    reference."""
+    logits = [head_logits(h, head) for h, head in zip(hidden, heads)]  # (B, V) each
     return logits[0] if len(logits) == 1 else (1 - mixture) * logits[0] + mixture * logits[1]
 
 
@@ -175,55 +193,103 @@ def check_vocabularies(models: list[NeoX]) -> None:
                         f"the reference {sizes[1]}")
 
 
+class Decoder:
+    """Decode steps of N prompts of at most P tokens with K responses of at most R tokens each.
+
+    It serves any number of calls with these sizes, as long as the weights stay, inside one autocast context:
+    the tensors that a step reads and writes stay the same, and so does a recorded graph of it.
+    """
+
+    def __init__(self, models: list[NeoX], N: int, K: int, P: int, R: int, mixture: float):
+        device = models[0].device
+        self.models = models
+        self.shape = (N, K, P, R)
+        self.mixture = mixture
+        self.caches = [Cache.allocate(m, N, K, P, R) for m in models]
+        self.heads = [m.embed_out.weight.detach().to(m.matmul_dtype) for m in models]  # (V, C) each
+        self.new = torch.zeros(N * K, dtype=torch.long, device=device)
+        self.positions = torch.zeros(N * K, dtype=torch.long, device=device)
+        self.time = torch.zeros(1, dtype=torch.long, device=device)
+        self.replay = None  # the recorded step
+        self.stepped = False
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Starts anew with these prompts: logits (N K, V) of the first tokens."""
+        N, K = self.shape[:2]
+        device = self.new.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (N,)
+        self.positions.copy_(lengths.repeat_interleave(K))
+        self.time.zero_()
+        groups = pack(prompts, [[]] * N, max_positions=self.shape[2], device=device)
+        ends = torch.tensor([start + P - 1 for start, P, _ in groups.segments[:N]], device=device)
+        hidden = []
+        for model, cache in zip(self.models, self.caches):
+            cache.set_lengths(lengths)
+            hidden.append(model(groups.ids, groups.positions, cache.prefill(groups))[ends])  # (N, C)
+        logits = mixed_logits(self.heads, hidden, self.mixture)  # (N, V)
+        return logits.repeat_interleave(K, 0)  # (N K, V): the K samples start from the same distribution
+
+    def plain_step(self) -> Tensor:
+        hidden = [
+            model(self.new, self.positions, cache.decode(self.time))
+            for model, cache in zip(self.models, self.caches)
+        ]  # (N K, C) each
+        return mixed_logits(self.heads, hidden, self.mixture)  # (N K, V)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends tokens (N K,) to the responses: the logits (N K, V) of the tokens after them."""
+        self.new.copy_(tokens)
+        if self.replay is None and self.stepped and records(self.new.device):
+            self.replay = recorded(self.plain_step)
+        logits = (self.replay or self.plain_step)()
+        self.stepped = True
+        self.positions += 1
+        self.time += 1
+        return logits
+
+
+def make_decoder(
+    model: NeoX, prompts: list[list[int]], N: int, K: int, R: int, reference: NeoX | None = None,
+    mixture: float = 0.0,
+) -> Decoder:
+    """For N at a time of these prompts. Raises the UserErrors of `generate`."""
+    models = [model, reference] if 0 < mixture < 1 else [reference if mixture else model]
+    check_vocabularies(models)
+    context = min(m.config.max_position_embeddings for m in models)
+    longest = max(map(len, prompts))
+    if longest + R > context:
+        raise UserError(f"a prompt of {longest} tokens and {R} new ones are more than the model's context "
+                        f"({context})")
+    return Decoder(models, N, K, longest, R, mixture)
+
+
 @torch.no_grad()
 def generate(
     model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *,
     temperature: float = 1.0, top_p: float = 1.0, generator: torch.Generator | None = None,
-    reference: NeoX | None = None, mixture: float = 0.0,
+    reference: NeoX | None = None, mixture: float = 0.0, decoder: Decoder | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[list[list[list[int]]], Tensor]:
-    """K sampled responses to each of N prompts; temperature and top_p as in `sample`.
+    """K sampled responses to each of N prompts; temperature, top_p and noise (N, K, R) as in `sample`.
 
     mixture  every token is drawn from softmax((1 - mixture) logits + mixture reference's logits), the
              geometric mixture of model and reference: 0 is the model alone, 1 the reference alone.
+    decoder  of these models and sizes, from `make_decoder`; default: one of its own.
     Returns the token ids, [N][K][length], each up to and including its first EOS, and `ended` (N, K) bool:
     whether there was one within `max_new_tokens`.
     Raises UserError if prompt plus response would leave the model's context.
     """
-    models = [model, reference] if 0 < mixture < 1 else [reference if mixture else model]
     N = len(prompts)
     R = max_new_tokens
     device = model.device
-    prompt_lengths = [len(p) for p in prompts]
-    longest = max(prompt_lengths)
-    context = min(m.config.max_position_embeddings for m in models)
-    check_vocabularies(models)
-    if longest + R > context:
-        raise UserError(f"a prompt of {longest} tokens and {R} new ones are more than the model's context "
-                        f"({context})")
-    tokens = torch.full((N * K, R), PAD, device=device)
-    ended = torch.zeros(N * K, dtype=torch.bool, device=device)
-
-    # what changes from one decode step to the next, in place: a CUDA graph reads these tensors
-    new = torch.zeros(N * K, dtype=torch.long, device=device)
-    positions = torch.tensor(prompt_lengths, device=device).repeat_interleave(K)  # (N K,)
-    time = torch.zeros(1, dtype=torch.long, device=device)
-
-    def step() -> Tensor:
-        hidden = [m(new, positions, cache.decode(time)) for m, cache in zip(models, caches)]  # (N K, C) each
-        return mixed_logits(models, hidden, mixture)  # (N K, V)
-
     with model.autocast():
-        groups = pack(prompts, [[]] * N, max_positions=context, device=device)
-        caches = [Cache.allocate(m, prompt_lengths, K, R) for m in models]
-        ends = torch.tensor([start + P - 1 for start, P, _ in groups.segments[:N]], device=device)
-        hidden = [
-            m(groups.ids, groups.positions, cache.prefill(groups))[ends] for m, cache in zip(models, caches)
-        ]  # (N, C) each
-        logits = mixed_logits(models, hidden, mixture)  # (N, V)
-        logits = logits.repeat_interleave(K, 0)  # (N K, V): the K samples start from the same distribution
-        decode = step
+        decoder = decoder or make_decoder(model, prompts, N, K, R, reference, mixture)
+        tokens = torch.full((N * K, R), PAD, device=device)
+        ended = torch.zeros(N * K, dtype=torch.bool, device=device)
+        logits = decoder.prefill(prompts)  # (N K, V)
         for t in range(R):
-            new.copy_(sample(logits, temperature, top_p, generator))
+            given = None if noise is None else noise[..., t].reshape(N * K, 1)
+            new = sample(logits, temperature, top_p, generator, given)  # (N K,)
             tokens[:, t] = torch.where(ended, PAD, new)
             ended |= new == EOS
             if t == R - 1:
@@ -231,11 +297,7 @@ def generate(
             ask = device.type == "cpu" or t % 8 == 7  # on CUDA the question costs a sync
             if ask and bool(ended.all()):
                 break
-            if t == 1 and device.type == "cuda":
-                decode = recorded(step)
-            logits = decode()
-            positions += 1
-            time += 1
+            logits = decoder.step(new)
     lengths = torch.where(ended, (tokens == EOS).int().argmax(1) + 1, R)  # (N K,)
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     return [rows[n * K : (n + 1) * K] for n in range(N)], ended.view(N, K).cpu()
@@ -246,16 +308,34 @@ def generate_all(
     temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None,
     reference: NeoX | None = None, mixture: float = 0.0, progress: str | None = None,
 ) -> tuple[list[list[list[int]]], Tensor]:
-    """`generate` over any number of prompts, `batch` at a time, with a progress bar named `progress`."""
-    all_responses = []
-    all_ended = []
-    options = {
-        "temperature": temperature, "top_p": top_p, "generator": generator, "reference": reference,
-        "mixture": mixture,
-    }
+    """`generate` over any number of prompts, `batch` at a time, with a progress bar named `progress`.
+
+    The random numbers are drawn for all prompts at once: neither `batch` nor the number of ranks (torchrun),
+    which share the prompts, changes a sample.
+    """
+    options = {"temperature": temperature, "top_p": top_p, "mixture": mixture}
+    model = whole(model) if mixture < 1 else model
+    reference = whole(reference) if mixture > 0 else reference
+    noise = None
+    if temperature > 0:
+        place = generator.device if generator else model.device
+        noise = torch.rand(len(prompts), K, max_new_tokens, generator=generator, device=place)
+        noise = noise.to(model.device)
+    slices = share(len(prompts), batch)
     hidden = None if progress else True  # None: shown on a terminal only
-    for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=hidden, leave=False):
-        responses, ended = generate(model, prompts[start : start + batch], K, max_new_tokens, **options)
-        all_responses += responses
-        all_ended.append(ended)
-    return all_responses, torch.cat(all_ended)
+    parts = []
+    decoder = None
+    with model.autocast():  # a recorded step reads copies of the weights that live as long as this context
+        for s in tqdm(slices, desc=progress, disable=hidden, leave=False):
+            some = prompts[s]
+            own = noise if noise is None else noise[s]
+            if records(model.device) and not (decoder and decoder.shape[0] == len(some)):
+                decoder = None  # its memory first
+                sizes = (len(some), K, max_new_tokens)
+                decoder = make_decoder(model, prompts, *sizes, reference, mixture)
+            parts.append(generate(
+                model, some, K, max_new_tokens, reference=reference, decoder=decoder, noise=own, **options,
+            ))
+    parts = gather(parts, slices)
+    responses = [row for part, _ in parts for row in part]
+    return responses, torch.cat([ended for _, ended in parts])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.config import UserError
+from rlhf.fast import flex_options, paths
 from rlhf.matmul import ROWS
 from rlhf.model import PAD
 
@@ -35,8 +36,8 @@ class Groups:
     last            (N, K)     index into the row: the last token of each response (a reward model reads here)
     response_mask   (N, K, R)  True on response tokens including the first EOS; R = longest response here
     slots           (M,)       where the response tokens are in a flat (N, K, R)
-    segments                   per group (start in the row, prompt length P, response lengths); on the CPU the
-                               padding is one more segment, without responses
+    segments                   per group (start in the row, prompt length P, response lengths); the padding is
+                               one more segment, without responses
     """
 
     ids: Tensor
@@ -58,7 +59,7 @@ class Groups:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over the row, (T, H, D) each; on CUDA one flex_attention, else `group_attention`."""
-        if q.is_cuda:
+        if q.is_cuda and not paths.plain:
             return self.flex_attend(q, k, v)
         return group_attention(q, k, v, self.segments, self.response_biases(q.dtype))
 
@@ -66,7 +67,7 @@ class Groups:
         """Per group the `response_bias` of its responses, or None where one causal mask does it (K = 1)."""
         if dtype not in self._biases:
             self._biases[dtype] = [
-                response_bias(P, lengths, dtype) if len(lengths) > 1 else None
+                response_bias(P, lengths, dtype).to(self.ids.device) if len(lengths) > 1 else None
                 for _, P, lengths in self.segments
             ]
         return self._biases[dtype]
@@ -75,7 +76,8 @@ class Groups:
         if self._block_mask is None:
             self._block_mask = block_mask(self.segments, len(self.ids), q.device)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
-        out = flex(q.is_cuda)(q, k, v, block_mask=self._block_mask)
+        options = flex_options(q.shape[2], q.shape[3])
+        out = flex(q.is_cuda)(q, k, v, block_mask=self._block_mask, kernel_options=options)
         return out[0].transpose(0, 1)  # (T, H, D)
 
 
@@ -111,7 +113,7 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, segments: list, biases: lis
 
 
 def block_mask(segments: list, T: int, device: torch.device):
-    """The same rule as a BlockMask for flex_attention; padding after the groups sees padding only.
+    """The same rule as a BlockMask for flex_attention.
 
     Which blocks are empty or full follows from the layout. torch's create_block_mask would ask every pair of
     tokens, in (T, T) tensors: 50 GB for a prefill of 256 long prompts.
@@ -201,7 +203,7 @@ def pack(
     if multiple is None:
         multiple = FLEX_BLOCK if device.type == "cuda" else ROWS if len(ids) > ROWS else 1
     padding = -len(ids) % multiple
-    if padding and device.type != "cuda":
+    if padding:
         segments.append((len(ids), padding, []))
 
     def to_device(numbers: list[int]) -> Tensor:

@@ -37,14 +37,19 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(m, C), (V, C) in the dtype of the matmul -> logits (m, V) in float32: in sampling as in scoring."""
+    with torch.autocast(weight.device.type, enabled=False):
+        hidden = hidden.to(weight.dtype)
+        if weight.is_cuda and weight.dtype == torch.bfloat16:
+            # float32 out: logits near 10 rounded to bfloat16 would be off by up to 1/32
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return linear(hidden, weight).float()
+
+
 def chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(m, C), (V, C) in the dtype of the matmul -> logits / temperature (m, V) in float32."""
-    hidden = hidden.to(weight.dtype)
-    if weight.is_cuda and weight.dtype == torch.bfloat16:
-        # float32 out: logits near 10 rounded to bfloat16 would be off by up to 1/32
-        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        z = linear(hidden, weight).float()
+    """`head_logits` / temperature."""
+    z = head_logits(hidden, weight)
     return z if temperature == 1 else z.div_(temperature)
 
 

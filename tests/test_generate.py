@@ -130,8 +130,8 @@ def test_bfloat16(chatty):
     expected, _ = generate(chatty, prompts, 1, R, temperature=0)
     cast = deepcopy(chatty)
     cast.matmul_dtype = torch.bfloat16
-    assert Cache.allocate(cast, [3, 5], 2, 4).prompt_keys.dtype == torch.bfloat16
-    assert Cache.allocate(chatty, [3, 5], 2, 4).prompt_keys.dtype == torch.float32
+    assert Cache.allocate(cast, 2, 2, 5, 4).prompt_keys.dtype == torch.bfloat16
+    assert Cache.allocate(chatty, 2, 2, 5, 4).prompt_keys.dtype == torch.float32
     responses, _ = generate(cast, prompts, 1, R, temperature=0)
     assert sum(a[0][0] == b[0][0] for a, b in zip(responses, expected)) >= 3
     assert all(1 <= len(answers[0]) <= R for answers in responses)

@@ -32,7 +32,8 @@ DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the t
 
 # Tested in test_scripts.py, test_cli.py or test_judge.py, or invisible without a hub or a language model.
 ELSEWHERE = {
-    "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "compare_fn", "samples_every",
+    "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "compare_fn",
+    "samples_every", "dry_run", "plain", "rank_timeout",
     "wandb", "tensorboard", "clip_high", "value_clip",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
@@ -58,7 +59,7 @@ REWARD = MISSING_EOS | MIX | dict(
     entropy_target=5.0, entropy_rate=dict(entropy_target=5.0, entropy_rate=0.5), score_after="a",
 )
 ROLLOUT = dict(rollout="adaptive", reset_share=dict(rollout="reset", reset_share=0.9))
-ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
+ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.02)
 RATIO = dict(policy_loss="token")
 SAMPLING = dict(temperature=1.0, top_p=0.5)
 PPO = dict(
