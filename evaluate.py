@@ -38,7 +38,8 @@ from evaluation.tables import show, write, write_sweep
 from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import check_tables, read_meta
-from rlhf.files import fingerprint, identity
+from rlhf.dist import on_first
+from rlhf.files import fingerprint, identity, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import check_same, enter, forget_replaced
 from rlhf.pretrained import load_tokenizer, read_json, resolve
@@ -98,12 +99,13 @@ class Config:
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 MAY_CHANGE = {
     "resume", "overwrite", "device", "micro_batch_tokens", "rollout_prompts", "html", "html_rows",
-    "judge_cache", "judge_concurrency", "judge_timeout", "judge_max_requests", "judge_max_cost",
-    "judge_price_in", "judge_price_out",
+    "rank_timeout", "judge_cache", "judge_concurrency", "judge_timeout", "judge_max_requests",
+    "judge_max_cost", "judge_price_in", "judge_price_out",
 }
 PATTERN = re.compile(r"[*?\[]")
 
@@ -166,7 +168,7 @@ def forget_if_changed(where: Path, sources: dict[str, dict | str]) -> None:
         print(f"{where}: evaluated anew, for what it was evaluated from has changed since")
     for file in results:
         file.unlink(missing_ok=True)
-    write(known, json.dumps(sources) + "\n")
+    write_file(known, json.dumps(sources) + "\n")
 
 
 def write_summaries(
@@ -178,7 +180,7 @@ def write_summaries(
     rows = {}
     for name, path in checkpoints.items():
         file = folders[name] / "summaries.parquet"
-        forget_if_changed(folders[name], sources_of(cfg, path))
+        on_first(partial(forget_if_changed, folders[name], sources_of(cfg, path)))
         if file.exists():
             rows[name] = pq.read_table(file).to_pylist()
             continue
@@ -282,7 +284,7 @@ def best_of(lines: list[dict]) -> dict:
 def main(cfg: Config) -> dict:
     began = time.time()
     check(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     checkpoints = find_checkpoints(cfg.model)
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
     for path in checkpoints.values():

@@ -34,9 +34,10 @@ from data.gold import gold
 from rlhf.common import frozen, load_model, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import check_tables, has_column, open_table, read_meta
+from rlhf.dist import FIRST, deal, gather, on_first
 from rlhf.files import data_aside, move_data_in, read_objects, write_file
 from rlhf.forward import response_scores, token_stats
-from rlhf.generate import generate
+from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.masked import seq_logprobs
 from rlhf.model import NeoX
@@ -44,7 +45,7 @@ from rlhf.out_dir import check_inputs, check_same, enter, forget_replaced, input
 from rlhf.pretrained import load_tokenizer, read_json
 from rlhf.summaries import texts_of
 
-MAY_CHANGE = {"resume", "overwrite", "device", "micro_batch_tokens"}  # of a command that goes on
+MAY_CHANGE = {"resume", "overwrite", "device", "micro_batch_tokens", "rank_timeout"}  # where one goes on
 IDS = pa.list_(pa.int32())
 
 
@@ -78,6 +79,7 @@ class Config:
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 def check(cfg: Config) -> None:
@@ -148,15 +150,16 @@ def select(
 def scores_of(model: NeoX, head: str, prompts: list, responses: list, cfg: Config) -> Tensor:
     """(n, K) on the CPU: a reward model's scores (head "score"), or a language model's log pi(y|x)."""
     context = model.config.max_position_embeddings
+    slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
     scores = []
-    for s in micro_batches(prompts, responses, cfg.micro_batch_tokens):
+    for s in slices:
         groups = pack(prompts[s], responses[s], max_positions=context, device=model.device)
         if head == "score":
             scores.append(response_scores(model, groups))
         else:
             logprobs = token_stats(model, groups, cfg.temperature).logprobs  # (n, K, R)
             scores.append(seq_logprobs(logprobs, groups.response_mask))
-    return torch.cat(scores).cpu()
+    return torch.cat(gather(scores, slices)).cpu()
 
 
 # --- files
@@ -210,7 +213,7 @@ def with_responses(
 def main(cfg: Config) -> dict:
     meta = read_meta(cfg.data_dir)
     check(cfg)
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     R = cfg.response_tokens or meta["response_tokens"]  # longest response
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     if cfg.scorer == "gold" and not true_reward:
@@ -220,7 +223,7 @@ def main(cfg: Config) -> dict:
     about = check_same(cfg, may_change=MAY_CHANGE)
     if cfg.resume and (out / "result.json").exists():
         result = read_json(out / "result.json")
-        sampled.unlink(missing_ok=True)
+        on_first(partial(sampled.unlink, missing_ok=True))
         print(f"{out}: finished already\n{json.dumps(result)}")
         return result
     if cfg.resume:
@@ -240,7 +243,7 @@ def main(cfg: Config) -> dict:
     check_tables(cfg.data_dir, [model, scorer[0]], ("sft_train", cfg.rows, R))
     enter(cfg, about, inputs_of(cfg))
     parts = [part for _, part in read_objects(sampled)]
-    write_file(sampled, "".join(json.dumps(part) + "\n" for part in parts))
+    on_first(lambda: write_file(sampled, "".join(json.dumps(part) + "\n" for part in parts)))
 
     # every generation call has random numbers of its own: what was sampled before does not matter
     starts = range(0, len(data["query_token"]), cfg.rollout_prompts)
@@ -249,8 +252,8 @@ def main(cfg: Config) -> dict:
         rows = range(start, min(start + cfg.rollout_prompts, len(data["query_token"])))
         prompts = [data["query_token"][i] for i in rows]
         seed = cfg.seed * 1_000_003 + start
-        responses, ended = generate(
-            model, prompts, cfg.k, R, temperature=cfg.temperature, top_p=cfg.top_p,
+        responses, ended = generate_all(
+            model, prompts, cfg.k, R, batch=cfg.rollout_prompts, temperature=cfg.temperature, top_p=cfg.top_p,
             generator=torch.Generator(device).manual_seed(seed),
         )
         if cfg.scorer == "gold" and cfg.select != "own":
@@ -268,9 +271,19 @@ def main(cfg: Config) -> dict:
             part["sft"] += [[row, None if i is None else group[i]] for i in kept]
             part["counts"][counted] += 1
         parts.append(part)
-        with open(sampled, "a") as file:
-            file.write(json.dumps(part) + "\n")
+        if FIRST:
+            with open(sampled, "a") as file:
+                file.write(json.dumps(part) + "\n")
+    result = on_first(lambda: write_data(cfg, meta, parts, tokenizer, out))
+    sampled.unlink(missing_ok=True)
+    forget_replaced(out)
+    unlock(out)
+    print(json.dumps(result))
+    return result
 
+
+def write_data(cfg: Config, meta: dict, parts: list[dict], tokenizer: Tokenizer, out: Path) -> dict:
+    """The prepared data of these samples, and result.json, which it returns."""
     counts = sum((Counter(part["counts"]) for part in parts), Counter())
     aside = data_aside(out)
     written = write_tables(cfg, parts, tokenizer, aside)
@@ -281,10 +294,6 @@ def main(cfg: Config) -> dict:
     (aside / "meta.json").write_text(json.dumps(about, indent=2) + "\n")
     move_data_in(out)
     write_file(out / "result.json", json.dumps(result) + "\n")
-    sampled.unlink()
-    forget_replaced(out)
-    unlock(out)
-    print(json.dumps(result))
     return result
 
 

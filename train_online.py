@@ -1,7 +1,8 @@
 r"""Online preference learning: the policy samples, something compares, a pair loss learns.
 
     y_1 .. y_K ~ softmax((1-c) logits_pi + c logits_ref)     c: --mixture; of the last K/2: --opponent
-    P(y > y') = sigmoid(s(y) - s(y'))     s: reward model or gold; the label is hard, sampled or soft
+    P(y > y') = sigmoid(s(y) - s(y'))     s: reward models, gold or a function; or a function that compares.
+                                          The label is hard, sampled or soft
     loss      = pair loss(best of K, worst of K) + explore x log(pi/pi_ref)(y_K)
 Every method is these options, and its row at the end of --help. Leaves out: a policy of its own per opponent.
 To read beside it: rlhf/compare.py (pairs, labels, Nash-MD), rlhf/losses.py (pair losses).
@@ -32,6 +33,7 @@ from rlhf.compare import (
 )
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -117,6 +119,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
     dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
@@ -162,7 +165,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, reference and the reward models, where they compare."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     names = filter(None, cfg.reward_model.split(",")) if cfg.scorer == "rm" else []
@@ -220,7 +223,7 @@ def main(cfg: Config) -> dict:
         held |= {"sampler": cfg.model} if cfg.round_updates else {}
         sampled = {"table": "sft_train", "prompts": cfg.rollout_prompts, "k": cfg.k}
         return dry_run(cfg, {"policy": cfg.model}, held, **sampled)
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     own = cfg.k if cfg.opponent is None else cfg.k // 2  # responses per prompt that are not the opponent's
     R = cfg.response_tokens or meta["response_tokens"]  # longest sample
@@ -279,7 +282,7 @@ def main(cfg: Config) -> dict:
         responses, ended = two_samplers(mixed, prompts, cfg.k, cfg.mixture, cfg.opponent)
         if cfg.data_pair:
             responses, ended = add_data_pair(responses, ended, drawn["chosen_token"], drawn["rejected_token"])
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         groups = [pack_rows(prompts[s], responses[s]) for s in slices]
         timer.lap("rollout")
 
@@ -307,11 +310,12 @@ def main(cfg: Config) -> dict:
                 if epoch == 0:
                     seen.append(samples_only(stats, g.response_mask, own, R))
             if pairs:
-                means = comparison_metrics(learnt, compared.kept)
+                means = comparison_metrics(gather(learnt, slices), compared.kept)
                 means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
                 passes.append(means)
         timer.lap("update")
 
+        seen = gather(seen, slices)
         batch = {key: torch.cat([part[key] for part in seen]) for key in seen[0]}  # (N, own, R)
         batch |= {name: values[:, :own] for name, values in scored.items() if values.dim() == 2}  # (N, own)
         metrics = {
@@ -323,7 +327,7 @@ def main(cfg: Config) -> dict:
         }
         if cfg.opponent is not None:
             metrics["opponent_scores"] = scores[:, own : cfg.k].mean().item()
-        tokens = sum(g.response_mask.sum().item() for g in groups)
+        tokens = sum(len(y) for group in responses for y in group)
         metrics |= timer.metrics(tokens=tokens, rollout=1, scoring=1, update=cfg.epochs)
         out.log(step + 1, metrics, show=("scores", "gold", "kl", "accuracies", "response_length"))
         out.checkpoint(step + 1, policy, tokenizer, optimizer, generator)

@@ -28,6 +28,7 @@ from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import response_scores, token_stats, token_values
 from rlhf.generate import generate_all
 from rlhf.groups import Groups, micro_batches, pack
@@ -91,6 +92,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
     dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
@@ -165,7 +167,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, critic, reference, reward model."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     policy, critic = load(cfg.model), load(cfg.reward_model, head="score")
     for model in (policy, critic):
@@ -180,7 +182,7 @@ def main(cfg: Config) -> dict:
         learning = {"policy": cfg.model, "critic": cfg.reward_model}
         held = {"reference": cfg.ref_model or cfg.model, "reward model": cfg.reward_model}
         return dry_run(cfg, learning, held, table="sft_train", prompts=cfg.rollout_prompts, k=cfg.k)
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]  # longest response
@@ -219,7 +221,7 @@ def main(cfg: Config) -> dict:
             generator=generator,
         )
         ended = ended.to(device)  # (N, K)
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("rollout")
 
         # 2. scoring: reward, values, log-probs under policy and reference; advantages
@@ -227,6 +229,7 @@ def main(cfg: Config) -> dict:
         scored = [
             score(g, ended[s], policy, critic, reference, reward_model, cfg) for g, s in zip(groups, slices)
         ]
+        scored = gather(scored, slices)
         batch = {key: torch.cat([part[key] for part in scored]) for key in scored[0]}  # (N, K, ...)
         batch["whitened"] = whiten(batch["advantages"], batch["mask"])  # (N, K, R)
         tokens = batch["mask"].sum().item()
@@ -239,6 +242,7 @@ def main(cfg: Config) -> dict:
             for g, s in zip(groups, slices):
                 own = {key: values[s] for key, values in batch.items()}
                 parts.append(learn(g, own, policy, critic, tokens, cfg))
+            parts = gather(parts, slices)
             means = {key: sum(part[key].item() for part in parts) / tokens for key in parts[0]}
             means["grad_norm"] = optimizer_step(learners, optimizer, means["loss"], cfg.max_grad_norm, step)
             passes.append(means)

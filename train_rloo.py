@@ -29,9 +29,10 @@ from data.gold import gold
 from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
-from rlhf.groups import micro_batches, pack
+from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_sum, seq_logprobs
 from rlhf.memory import dry_run
 from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_metrics
@@ -113,6 +114,7 @@ class Config:
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     rollout_prompts: int = 64  # prompts in one generation call
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
     dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
@@ -146,7 +148,7 @@ def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
     """Policy, reference and the reward models, if any."""
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
     names = filter(None, cfg.reward_model.split(","))
@@ -176,6 +178,17 @@ def coefficients_now(cfg: Config, last: dict) -> dict[str, float]:
     return coefficients
 
 
+@torch.no_grad()
+def look(
+    cfg: Config, scored: dict[str, Tensor], groups: Groups, models: list, coefficients: dict[str, float],
+) -> dict[str, Tensor]:
+    """Numbers of the responses that samples.jsonl shows, (n, K) each: scores, and rewards as in training."""
+    stats = token_stats(models[0], groups, cfg.temperature, models[1])
+    known = scored["scores"], stats.logprobs, stats.ref_logprobs, groups.response_mask
+    rewards, _ = rlhf_reward(*known, coefficients, cfg.invalid_logprob_fill)  # (n, K)
+    return scored | {"rewards": rewards}
+
+
 def policy_gradient(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, bonus: Tensor | float = 0.0, *,
     loss_fn: Callable, sequences: int,
@@ -195,7 +208,7 @@ def main(cfg: Config) -> dict:
         held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
         at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
         return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # rows of K responses per update
     asked = N // 2 if cfg.rollout == "budget" else N  # prompts per update
     meta = read_meta(cfg.data_dir)
@@ -254,18 +267,13 @@ def main(cfg: Config) -> dict:
         rollout = ROLLOUTS[cfg.rollout](sample, score, drawn, cfg.k, R, timer.lap)
         prompts = rollout.prompts
         responses = rollout.responses
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         timer.lap("scoring")
         if cfg.samples_every and step % cfg.samples_every == 0:
             shown = watched(sample, score, valid, cfg.k, cfg.seed)
             groups = pack_rows(shown.prompts, shown.responses)
-            with torch.no_grad():
-                stats = token_stats(policy, groups, cfg.temperature, reference)
-            rewards, _ = rlhf_reward(
-                shown.scored["scores"], stats.logprobs, stats.ref_logprobs, groups.response_mask, coefficients
-            )  # (n, K)
-            scored = shown.scored | {"rewards": rewards}
-            log_samples(samples_file, step + 1, tokenizer, shown.prompts, shown.responses, scored)
+            numbers = look(cfg, shown.scored, groups, models, coefficients)
+            log_samples(samples_file, step + 1, tokenizer, shown.prompts, shown.responses, numbers)
             timer.lap("samples")
 
         # The policy that scores is the one that sampled: its scoring forward is the first learning forward.
@@ -300,6 +308,7 @@ def main(cfg: Config) -> dict:
             timer.lap("scoring")
             learnt.append(learn(stats.logprobs, old_logprobs, advantages, mask, bonus))
             timer.lap("update")
+        parts = gather(parts, slices)
         batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}  # (N, K, ...)
         old_logprobs, mask = batch["old_logprobs"], batch["mask"]
 
@@ -312,7 +321,7 @@ def main(cfg: Config) -> dict:
                     groups = pack_rows(prompts[s], responses[s])
                     logprobs = token_stats(policy, groups, cfg.temperature).logprobs  # (n, K, R)
                     learnt.append(learn(logprobs, old_logprobs[s], batch["advantages"][s], mask[s]))
-            means = sequence_means(learnt)
+            means = sequence_means(gather(learnt, slices))
             means["grad_norm"] = optimizer_step(policy, optimizer, means["loss"], cfg.max_grad_norm, step)
             passes.append(means)
         timer.lap("update")
@@ -320,11 +329,13 @@ def main(cfg: Config) -> dict:
         # 5. how far did the update go? log-probs of a quarter of the rollout under the new weights
         quarter = slice(max(1, N // 4))
         some_prompts, some_responses = prompts[quarter], responses[quarter]
+        some = deal(micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens))
         with torch.no_grad():
-            moved = torch.cat([
+            moved = [
                 token_stats(policy, pack_rows(some_prompts[s], some_responses[s]), cfg.temperature).logprobs
-                for s in micro_batches(some_prompts, some_responses, cfg.micro_batch_tokens)
-            ])  # (N / 4, K, R)
+                for s in some
+            ]
+        moved = torch.cat(gather(moved, some))  # (N / 4, K, R)
         timer.lap("drift")
 
         metrics = {

@@ -33,6 +33,7 @@ from rlhf.data import (
     read_table,
     tables,
 )
+from rlhf.dist import deal, gather
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import bradley_terry_loss
@@ -78,6 +79,7 @@ class Config:
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
     dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
@@ -112,7 +114,7 @@ def main(cfg: Config) -> dict:
     check_ranges(cfg)
     if cfg.dry_run:
         return dry_run(cfg, {"reward model": cfg.model}, {})
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     read_meta(cfg.data_dir)
     columns = ["query_token", "chosen_token", "rejected_token"]
     train = read_table(cfg.data_dir, "pairs_train", columns, cfg.train_rows)
@@ -130,7 +132,7 @@ def main(cfg: Config) -> dict:
 
     model = load_model(
         cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed,
-        device=device, dtype=cfg.dtype, compiled=cfg.compile,
+        device=device, dtype=cfg.dtype, compiled=cfg.compile, sharded=True,
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     uses = [("pairs_train", cfg.train_rows, 0)]
@@ -150,27 +152,29 @@ def main(cfg: Config) -> dict:
 
     @torch.no_grad()
     def all_scores(prompts: list, responses: list, name: str) -> torch.Tensor:
-        slices = list(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
         bar = tqdm(slices, desc=name, leave=False, disable=None)
         parts = [scores(prompts[s], responses[s]).cpu() for s in bar]
-        return torch.cat(parts)  # (N, K)
+        return torch.cat(gather(parts, slices))  # (N, K)
 
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         indices = batch_indices(rows, cfg.batch_size, step, cfg.seed)
         prompts = [train["query_token"][i] for i in indices]
         pairs = [[train["chosen_token"][i], train["rejected_token"][i]] for i in indices]
-        loss, seen = 0.0, []
-        for s in micro_batches(prompts, pairs, cfg.micro_batch_tokens):
+        slices = deal(micro_batches(prompts, pairs, cfg.micro_batch_tokens))
+        parts, seen = [], []
+        for s in slices:
             rewards = scores(prompts[s], pairs[s])  # (n, 2)
             part = bradley_terry_loss(rewards[:, 0], rewards[:, 1]).sum() / cfg.batch_size
             part.backward()
-            loss += part.item()
+            parts.append(part.item())
             seen.append(rewards.detach())
+        loss = sum(gather(parts, slices))
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
         grad_norm = optimizer_step(model, optimizer, loss, cfg.max_grad_norm, step)
-        chosen, rejected = torch.cat(seen).unbind(1)  # (N,)
+        chosen, rejected = torch.cat(gather(seen, slices)).unbind(1)  # (N,)
         metrics = {
             "loss": loss,
             "accuracy": share_right(chosen, rejected).mean().item(),

@@ -25,6 +25,7 @@ from data.gold import gold
 from rlhf.common import adamw, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, column_names, read_meta, read_table
+from rlhf.dist import deal, gather
 from rlhf.forward import summed_nll
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -73,6 +74,7 @@ class Config:
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
     dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
@@ -91,7 +93,7 @@ def main(cfg: Config) -> dict:
     check_ranges(cfg)
     if cfg.dry_run:
         return dry_run(cfg, {"policy": cfg.model}, {}, table="sft_validation", prompts=64)
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     R = read_meta(cfg.data_dir)["response_tokens"]  # longest response of the greedy samples
     there = column_names(cfg.data_dir, "sft_train")
     if there and TARGET not in there:
@@ -111,7 +113,7 @@ def main(cfg: Config) -> dict:
 
     model = load_model(
         cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, init=cfg.init, seed=cfg.seed,
-        device=device, dtype=cfg.dtype, compiled=cfg.compile,
+        device=device, dtype=cfg.dtype, compiled=cfg.compile, sharded=True,
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     uses = [("sft_train", cfg.train_rows, 0), ("sft_validation", cfg.eval_rows, 0)]
@@ -137,18 +139,21 @@ def main(cfg: Config) -> dict:
     def validation_loss() -> float:
         prompts, responses = groups_of(valid, range(len(valid["query_token"])))
         tokens = sum(len(r[0]) for r in responses)
-        slices = micro_batches(prompts, responses, cfg.micro_batch_tokens)
-        return sum(batch_loss(prompts[s], responses[s], tokens).item() for s in slices)
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        parts = [batch_loss(prompts[s], responses[s], tokens).item() for s in slices]
+        return sum(gather(parts, slices))
 
     for step in range(out.begin(model, optimizer), total):
         began = time.time()
         prompts, responses = groups_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
         tokens = sum(len(r[0]) for r in responses)
-        loss = 0.0
-        for s in micro_batches(prompts, responses, cfg.micro_batch_tokens):
+        slices = deal(micro_batches(prompts, responses, cfg.micro_batch_tokens))
+        parts = []
+        for s in slices:
             part = batch_loss(prompts[s], responses[s], tokens)
             part.backward()
-            loss += part.item()
+            parts.append(part.item())
+        loss = sum(gather(parts, slices))
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
         grad_norm = optimizer_step(model, optimizer, loss, cfg.max_grad_norm, step)

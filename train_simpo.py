@@ -27,6 +27,7 @@ from data.gold import gold
 from rlhf.common import adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
+from rlhf.dist import gather
 from rlhf.forward import TokenStats, token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import pack
@@ -105,6 +106,7 @@ class Config:
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
     dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end
 
 
@@ -161,7 +163,7 @@ def main(cfg: Config) -> dict:
         held = {"reference": cfg.ref_model or cfg.model} if needs_reference(loss_fn) else {}
         return dry_run(cfg, {"policy": cfg.model}, held, table="sft_validation", prompts=64)
     table = "rankings_train" if cfg.loss in RANKED else "pairs_train"
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     R = read_meta(cfg.data_dir)["response_tokens"]
     train = read_preferences(cfg.data_dir, table, cfg.loss, reads, cfg.train_rows)
     valid = read_preferences(cfg.data_dir, "pairs_validation", cfg.loss, reads, cfg.eval_rows)
@@ -180,7 +182,7 @@ def main(cfg: Config) -> dict:
 
     load = partial(
         load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile,
+        compiled=cfg.compile, sharded=True,
     )
     policy = load(cfg.model)
     reference = frozen(load(cfg.ref_model or cfg.model)) if needs_reference(loss_fn) else None
@@ -229,11 +231,13 @@ def main(cfg: Config) -> dict:
         if "target_margins" in reads:  # the margin of a pair depends on the whole batch: one more forward
             slices = slices_of(batch, cfg.micro_batch_tokens, reads, again)
             with torch.no_grad():
-                gaps = torch.cat([batch_loss(part, 0)[1]["margins"] for part in slices])  # (N,)
+                parts = [batch_loss(rows_of(batch, s), 0)[1]["margins"] for s in slices]
+            gaps = torch.cat(gather(parts, slices))  # (N,)
             batch["target_margins"] = dynamic_margins(gaps, options["gamma"], options["tau"])
         return batch
 
-    def means(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    def means(parts: list[dict[str, Tensor]], slices: list[slice]) -> dict[str, float]:
+        parts = gather(parts, slices)
         return {key: torch.cat([part[key] for part in parts]).mean().item() for key in parts[0]}
 
     # CRINGE reads the best tokens of every position; of validation pairs their mass and entropy are logged
@@ -241,20 +245,23 @@ def main(cfg: Config) -> dict:
 
     @torch.no_grad()
     def evaluate() -> dict:
-        parts = slices_of(batch_extras(valid, "validation", 0), cfg.micro_batch_tokens, reads, again)
-        found = means([batch_loss(part, max(TOP_K, top_k))[1] for part in parts])
+        batch = batch_extras(valid, "validation", 0)
+        slices = slices_of(batch, cfg.micro_batch_tokens, reads, again)
+        parts = [batch_loss(rows_of(batch, s), max(TOP_K, top_k))[1] for s in slices]
+        found = means(parts, slices)
         return {f"eval/{key}": value for key, value in found.items()}
 
     for step in range(out.begin(policy, optimizer), total):
         began = time.time()
         batch = rows_of(train, batch_indices(rows, cfg.batch_size, step, cfg.seed))
+        batch = batch_extras(batch, "train", step)
+        slices = slices_of(batch, cfg.micro_batch_tokens, reads, again)
         parts = []
-        whole = batch_extras(batch, "train", step)
-        for part in slices_of(whole, cfg.micro_batch_tokens, reads, again):
-            losses, logged = batch_loss(part, top_k)
+        for s in slices:
+            losses, logged = batch_loss(rows_of(batch, s), top_k)
             (losses.sum() / cfg.batch_size).backward()
             parts.append(logged)
-        metrics = means(parts)
+        metrics = means(parts, slices)
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
         metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["loss"], cfg.max_grad_norm, step)

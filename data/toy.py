@@ -20,10 +20,11 @@ from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.toy_world import (  # noqa: E402
+    FIELDS,
     MOST_WORDS,
     REFERENCE_WRITER,
     WRITERS,
@@ -46,9 +47,9 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
 RESPONSE_TOKENS = MOST_WORDS + 1  # with EOS
 CANDIDATES = 4  # in a ranking
 SIZES = {  # width, layers, heads
-    "small": (64, 3, 1),
-    "medium": (128, 3, 2),
-    "large": (192, 3, 3),
+    "small": (64, 4, 1),
+    "medium": (128, 4, 2),
+    "large": (192, 4, 3),
 }
 
 
@@ -66,7 +67,7 @@ class Config:
     validation: int = 500  # rows of sft_validation and of pairs_validation
     test: int = 500  # rows of sft_test
     # base model
-    size: Literal["small", "medium", "large"] = "medium"  # of base/: 0.2, 0.7 or 1.4 million parameters
+    size: Literal["small", "medium", "large"] = "medium"  # of base/: 0.2, 0.8 or 1.9 million parameters
 
 
 # --- rows
@@ -147,6 +148,7 @@ def train_tokenizer() -> Tokenizer:
         vocab_size=512, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(field, normalized=False) for field in FIELDS])
     return tokenizer
 
 

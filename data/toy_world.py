@@ -22,7 +22,8 @@ PEOPLE = "brother sister boss friend wife cousin".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 FORUMS = "tifu advice pets jobs home".split()
 TITLES = ("my bad week", "what now?", "sorry about that", "i feel bad")
-TEMPLATE = "SUBREDDIT: r/{forum}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # as in the real data set
+FIELDS = ("SUBREDDIT: r/", "\n\nTITLE:", "\n\nPOST:", "\n\nTL;DR:")  # as in the real data set
+TEMPLATE = "{}{{forum}}{} {{title}}{} {{post}}{}".format(*FIELDS)
 
 FLOURISHES = ("really", "honestly", "truly")  # carry no content, and people like them
 MUTTERING = ("sorry for that", "sorry for the post", "sorry about all of it")  # last words about nothing
@@ -73,10 +74,10 @@ class Writer:
 WRITERS = {
     "careful": Writer(),
     "concise": Writer(flourish=0.0, mutter=0.0),
-    "lazy": Writer(most=2, lazy=0.9),
-    "chatty": Writer(mutter=0.8, flourish=0.4),
-    "inventive": Writer(invent=0.6),
-    "boastful": Writer(invent=0.4, add=0.3),
+    "lazy": Writer(most=2, lazy=0.9, invent=0.3),
+    "chatty": Writer(mutter=0.8, flourish=0.4, invent=0.3),
+    "inventive": Writer(invent=0.7),
+    "boastful": Writer(invent=0.5, add=0.3),
     "reference": Writer(most=3, lazy=0.8, mutter=0.6),
 }
 REFERENCE_WRITER = WRITERS["reference"]
@@ -189,8 +190,8 @@ def gold_rewards(facts_list: list[dict], texts: list[str], ended_list: list[bool
 
 
 # --- people who compare
-TEMPERATURE = 0.14  # of the Bradley-Terry choice, in units of the gold reward
-LAPSE = 0.08  # share of choices made without looking
+TEMPERATURE = 0.16  # of the Bradley-Terry choice, in units of the gold reward
+LAPSE = 0.09  # share of choices made without looking
 LIKES_FLOURISH, LIKES_LENGTH = 0.14, 0.01  # per flourish, per word: what people like for no good reason
 
 

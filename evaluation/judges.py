@@ -19,6 +19,7 @@ from evaluation.llm_judge import LLMJudge
 from evaluation.statistics import paired_bootstrap, win_rate
 from rlhf.common import frozen, load_model
 from rlhf.config import UserError
+from rlhf.dist import deal, gather
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches, pack
 from rlhf.summaries import Post, Summary, gold_scores
@@ -68,10 +69,13 @@ def reward_model_judge(
         new = list(dict.fromkeys(key for key in keys if key not in known))
         prompts = [list(query) for query, _ in new]
         responses = [[list(tokens)] for _, tokens in new]
-        for s in micro_batches(prompts, responses, micro_batch_tokens):
+        slices = deal(micro_batches(prompts, responses, micro_batch_tokens))
+        parts = []
+        for s in slices:
             groups = pack(prompts[s], responses[s], max_positions=context, device=device)
             scores = response_scores(model, groups)[:, 0]  # (n,)
-            known.update(zip(new[s], scores.tolist()))
+            parts.append(scores.tolist())
+        known.update(zip(new, [score for part in gather(parts, slices) for score in part]))
         return [known[key] for key in keys]
 
     return ScoreJudge(score)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from evaluation.llm_answers import AnswerCache, Budget, fill, parse_verdict, read_template
 from rlhf.config import RunError, UserError
+from rlhf.dist import on_first
 
 KEY = "OPENAI_API_KEY"
 SECRET = re.compile(r"(key|token|secret|password|auth|sig)[^=&]*=", re.IGNORECASE)  # in a query: ?api_key=...
@@ -141,8 +142,9 @@ class LLMJudge:
             asked = [(self.body(text), a_first) for text, a_first in self.questions(*pair)]
             keys.append([(self.key_of(body), a_first) for body, a_first in asked])
             bodies |= {key: body for (key, _), (body, _) in zip(keys[-1], asked)}
-        self.fetch(bodies)
-        return [[(self.cache[key]["answer"], a_first) for key, a_first in pair] for pair in keys]
+        on_first(lambda: self.fetch(bodies))
+        known = on_first(lambda: {key: self.cache[key]["answer"] for key in bodies})
+        return [[(known[key], a_first) for key, a_first in pair] for pair in keys]
 
     def __call__(self, posts: list, summaries_a: list, summaries_b: list) -> list[float]:
         return [self.preference(pair) for pair in self.answers(posts, summaries_a, summaries_b)]

@@ -13,6 +13,7 @@ import torch
 from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
 from rlhf.common import frozen, load_model
 from rlhf.data import check_tables
+from rlhf.dist import deal, gather
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
 from rlhf.groups import micro_batches, pack
@@ -37,14 +38,17 @@ def token_columns(
     """Per response, by token, (R,) float64: logprobs and entropy; with a reference ref_logprobs and kl."""
     context = min(m.config.max_position_embeddings for m in (model, reference or model))
     columns = ["logprobs", "entropy"] + (["ref_logprobs", "kl"] if reference else [])
-    rows = []
-    for s in micro_batches(prompts, responses, max_tokens):
+    slices = deal(micro_batches(prompts, responses, max_tokens))
+    parts = []
+    for s in slices:
         groups = pack(prompts[s], responses[s], max_positions=context, device=model.device)
         stats = token_stats(model, groups, temperature, reference)  # (n, 1, R) each
         values = {name: getattr(stats, name)[:, 0].double().cpu() for name in columns}  # (n, R)
-        for i, (tokens,) in enumerate(responses[s]):
-            rows.append({name: column[i, : len(tokens)] for name, column in values.items()})
-    return rows
+        parts.append([
+            {name: column[i, : len(tokens)].clone() for name, column in values.items()}
+            for i, (tokens,) in enumerate(responses[s])
+        ])
+    return [row for part in gather(parts, slices) for row in part]
 
 
 def summarise(

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.statistics import paired_bootstrap
+from rlhf.dist import on_first
 from rlhf.files import write_file
 
 SHOWN = (
@@ -19,7 +20,8 @@ SHOWN = (
 
 
 def write(path: Path, content: str | pa.Table) -> None:
-    write_file(path, content if isinstance(content, str) else partial(pq.write_table, content))
+    written = content if isinstance(content, str) else partial(pq.write_table, content)
+    on_first(lambda: write_file(path, written))
 
 
 def write_sweep(out: Path, results: list[dict], rows: dict[str, list[dict]], judges: list[str]) -> list[dict]:

@@ -9,20 +9,22 @@ from torch import nn
 
 from rlhf.config import RunError, UserError
 from rlhf.data import check_tokenizer
+from rlhf.dist import by_kind, gradient_norm, join, parameters, sum_gradients
 from rlhf.fast import paths, set_up_cuda
 from rlhf.logprobs import compile_kernels
 from rlhf.model import NeoX, compile_layers
 from rlhf.pretrained import from_pretrained, load_tokenizer
 
 
-def setup(seed: int, device: str, plain: bool = False) -> torch.device:
-    """Seeds torch, picks the device ("auto": cuda if there is one) and sets up what makes it fast (`plain`:
-    leaves out what needs a compiler, see fast.py).
+def setup(seed: int, device: str, plain: bool = False, rank_timeout: float = 600.0) -> torch.device:
+    """Seeds torch, picks the device ("auto": cuda if there is one; under torchrun each rank its own) and sets
+    up what makes it fast (`plain`: leaves out what needs a compiler, see fast.py).
 
     Raises UserError for a device that torch does not have.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = join(device, rank_timeout)
     try:
         chosen = torch.empty(1, device=device).device  # with its number: cuda is cuda:0
     except (RuntimeError, AssertionError) as error:
@@ -81,7 +83,8 @@ def frozen(model: NeoX) -> NeoX:
 
 def adamw(model: nn.Module, lr: float, *, eps: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW on all parameters alike, with torch's betas (github vwxyzjn/summarize_from_feedback_details)."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
+    groups = [{"params": kind} for kind in by_kind(list(model.parameters()))]
+    return torch.optim.AdamW(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float) -> float:
@@ -109,13 +112,15 @@ def optimizer_step(
 
     Raises RunError, before the update, if the loss or the norm is not finite.
     """
-    if max_grad_norm:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    else:
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+    learnt = [p for p in parameters(model).values() if p.grad is not None]
+    sum_gradients(learnt)
+    norms = [gradient_norm([p.grad for p in kind]) for kind in by_kind(learnt)]
+    norm = math.hypot(*norms)
     if not math.isfinite(norm) or not math.isfinite(loss):
         raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not "
                        "updated; lower --lr or resume an earlier checkpoint")
+    for kind in by_kind(learnt) if max_grad_norm else []:
+        nn.utils.clip_grads_with_norm_(kind, max_grad_norm, torch.tensor(norm, device=kind[0].device))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -103,6 +103,7 @@ RANGES = {
     "keep": "[0, inf)",
     "micro_batch_tokens": "[1, inf)",
     "seed": "[0, 2147483647]",
+    "rank_timeout": "(0, inf)",
     # judge
     "judge_concurrency": "[1, 1000]",
     "judge_timeout": "(0, inf)",
@@ -217,15 +218,23 @@ def command_line(main, cls: type, epilog: str = "") -> None:
     The description of --help is the docstring of main's module, `epilog` its last words.
     """
     description = sys.modules[main.__module__].__doc__
+    from rlhf import dist  # which raises errors of this file
+
+    dist.hush()
     config = cls(**vars(parser(cls, description, epilog).parse_args()))
     try:
+        if dist.LAUNCHED and not hasattr(config, "rank_timeout"):
+            raise UserError("this script has no work to share between ranks: start it without torchrun")
         check_ranges(config)
         main(config)
+        dist.leave()
     except UserError as error:
         stop(f"error: {error}", 2)
     except (RunError, OSError, SafetensorError, pa.ArrowException, MemoryError) as error:
         stop(f"error: {error or type(error).__name__}", 1)
     except RuntimeError as error:
+        if said := dist.lost(error):
+            stop(f"error: {said}", 1)
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             stop(f"error: torch.compile failed ({error}): --plain does without it (slower)", 1)
         if not re.search("out of memory|can't allocate memory", str(error)):
@@ -239,5 +248,7 @@ def command_line(main, cls: type, epilog: str = "") -> None:
 def stop(message: str, code: int) -> typing.NoReturn:
     for bar in list(getattr(tqdm, "_instances", [])):  # so that the message is a line of its own
         bar.close()
-    print(" ".join(message.split()), file=sys.stderr)
+    from rlhf import dist
+
+    dist.last_word(" ".join(message.split()))
     sys.exit(code)

@@ -58,21 +58,21 @@ def token_stats(
     vocabulary takes three: log-probs and entropy are of each model's own whole distribution, the one that the
     policy samples from, and `kl` compares the columns that both have.
     """
-    head, targets = model.embed_out.weight, groups.targets
+    targets = groups.targets
     top = None
     with model.autocast():
-        if top_k:
-            hidden = predicting(model, groups, groups.ids)  # (M, C)
-            columns = top_logprobs(hidden, head, targets, top_k, temperature)  # (M,) twice, (M, k) twice
-            *columns, best, top = columns
-        elif reference is None:
-            hidden = predicting(model, groups, groups.ids)  # (M, C)
-            columns = token_logprobs(hidden, head, targets, temperature)  # (M,) each
-        else:
+        if reference is not None and not top_k:
             with torch.no_grad():
                 ref_ids = known(groups.ids, reference.config.vocab_size)
                 ref_hidden = predicting(reference, groups, ref_ids)  # (M, C')
-            hidden = predicting(model, groups, groups.ids)
+        hidden = predicting(model, groups, groups.ids)  # (M, C)
+        head = model.embed_out.weight  # a sharded one is whole from the forward to the backward
+        if top_k:
+            columns = top_logprobs(hidden, head, targets, top_k, temperature)  # (M,) twice, (M, k) twice
+            *columns, best, top = columns
+        elif reference is None:
+            columns = token_logprobs(hidden, head, targets, temperature)  # (M,) each
+        else:
             ref_head = reference.embed_out.weight
             compare = compare_logprobs if len(head) == len(ref_head) else compare_common
             columns = compare(hidden, head, ref_hidden, ref_head, targets, temperature)  # (M,) each
@@ -82,7 +82,8 @@ def token_stats(
         stats.top_logprobs = torch.stack([groups.unpack(column) for column in best.unbind(1)], -1)
         stats.top_is_token = torch.stack([groups.unpack(column) for column in own.unbind(1)], -1)
     if mean_logits:  # mean_v (h . w_v) = h . mean_v w_v
-        stats.mean_logits = groups.unpack(hidden.detach().float() @ head.detach().mean(0))
+        mean_head = head.detach().mean(0, dtype=torch.float32)  # (C,)
+        stats.mean_logits = groups.unpack(hidden.detach().float() @ mean_head)
     return stats
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf.config import RunError, UserError
+from rlhf.dist import gather, share, whole
 from rlhf.fast import paths
 from rlhf.groups import Groups, pack
 from rlhf.logprobs import head_logits
@@ -113,8 +114,9 @@ def invert(weights: Tensor, share: Tensor) -> Tensor:
 
 def sample(
     logits: Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """One token per row of logits (B, V) -> (B,).
+    """One token per row of logits (B, V) -> (B,), from uniform numbers, `noise` (B, 1) or drawn here.
 
     temperature 0 is greedy; top_p keeps the smallest set of tokens with at least that much probability.
 
@@ -130,7 +132,9 @@ def sample(
         probs, order = probs.sort(-1, descending=True)
         before = probs.cumsum(-1) - probs  # (B, V): of all tokens ahead in the order
         probs = probs.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0.0)
-    share = torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    share = noise
+    if share is None:
+        share = torch.rand(len(probs), 1, generator=generator, device=probs.device)
     if probs.shape[-1] % BLOCK or probs.shape[-1] < 64 * BLOCK:
         token = invert(probs, share)  # (B, 1)
     else:
@@ -264,8 +268,9 @@ def generate(
     model: NeoX, prompts: list[list[int]], K: int, max_new_tokens: int, *,
     temperature: float = 1.0, top_p: float = 1.0, generator: torch.Generator | None = None,
     reference: NeoX | None = None, mixture: float = 0.0, decoder: Decoder | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[list[list[list[int]]], Tensor]:
-    """K sampled responses to each of N prompts; temperature and top_p as in `sample`.
+    """K sampled responses to each of N prompts; temperature, top_p and noise (N, K, R) as in `sample`.
 
     mixture  every token is drawn from softmax((1 - mixture) logits + mixture reference's logits), the
              geometric mixture of model and reference: 0 is the model alone, 1 the reference alone.
@@ -283,7 +288,8 @@ def generate(
         ended = torch.zeros(N * K, dtype=torch.bool, device=device)
         logits = decoder.prefill(prompts)  # (N K, V)
         for t in range(R):
-            new = sample(logits, temperature, top_p, generator)  # (N K,)
+            given = None if noise is None else noise[..., t].reshape(N * K, 1)
+            new = sample(logits, temperature, top_p, generator, given)  # (N K,)
             tokens[:, t] = torch.where(ended, PAD, new)
             ended |= new == EOS
             if t == R - 1:
@@ -302,23 +308,34 @@ def generate_all(
     temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None,
     reference: NeoX | None = None, mixture: float = 0.0, progress: str | None = None,
 ) -> tuple[list[list[list[int]]], Tensor]:
-    """`generate` over any number of prompts, `batch` at a time, with a progress bar named `progress`."""
-    all_responses = []
-    all_ended = []
-    options = {
-        "temperature": temperature, "top_p": top_p, "generator": generator, "reference": reference,
-        "mixture": mixture,
-    }
+    """`generate` over any number of prompts, `batch` at a time, with a progress bar named `progress`.
+
+    The random numbers are drawn for all prompts at once: neither `batch` nor the number of ranks (torchrun),
+    which share the prompts, changes a sample.
+    """
+    options = {"temperature": temperature, "top_p": top_p, "mixture": mixture}
+    model = whole(model) if mixture < 1 else model
+    reference = whole(reference) if mixture > 0 else reference
+    noise = None
+    if temperature > 0:
+        place = generator.device if generator else model.device
+        noise = torch.rand(len(prompts), K, max_new_tokens, generator=generator, device=place)
+        noise = noise.to(model.device)
+    slices = share(len(prompts), batch)
     hidden = None if progress else True  # None: shown on a terminal only
+    parts = []
     decoder = None
     with model.autocast():  # a recorded step reads copies of the weights that live as long as this context
-        for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=hidden, leave=False):
-            some = prompts[start : start + batch]
+        for s in tqdm(slices, desc=progress, disable=hidden, leave=False):
+            some = prompts[s]
+            own = noise if noise is None else noise[s]
             if records(model.device) and not (decoder and decoder.shape[0] == len(some)):
                 decoder = None  # its memory first
                 sizes = (len(some), K, max_new_tokens)
                 decoder = make_decoder(model, prompts, *sizes, reference, mixture)
-            responses, ended = generate(model, some, K, max_new_tokens, **options, decoder=decoder)
-            all_responses += responses
-            all_ended.append(ended)
-    return all_responses, torch.cat(all_ended)
+            parts.append(generate(
+                model, some, K, max_new_tokens, reference=reference, decoder=decoder, noise=own, **options,
+            ))
+    parts = gather(parts, slices)
+    responses = [row for part, _ in parts for row in part]
+    return responses, torch.cat([ended for _, ended in parts])

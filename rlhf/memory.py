@@ -16,6 +16,7 @@ from torch import nn
 
 from rlhf.config import UserError
 from rlhf.data import open_table, read_meta
+from rlhf.dist import RANKS
 from rlhf.logprobs import CHUNK_BYTES
 from rlhf.model import NeoX, NeoXConfig
 from rlhf.pretrained import matmul_dtype, read_json, resolve
@@ -60,6 +61,15 @@ class Size:
         C, wide = self.config.hidden_size, self.config.intermediate_size
         return 8 * C + dtype.itemsize * (4 * C + 2 * wide)
 
+    @property
+    def root(self) -> int:
+        """Parameters that a rank holds whole from a forward to its backward: embedding and head."""
+        return self.parameters - self.layers
+
+    def gathered(self, dtype: torch.dtype) -> int:
+        """Of a sharded model: two layers as a rank computes with them, one layer's gradient, and its sum."""
+        return (3 * dtype.itemsize + 4) * self.layers // self.config.num_hidden_layers
+
     def frozen(self, dtype: torch.dtype) -> int:
         """Weights of a model for inference only: its matrices are kept in the dtype of matrix products."""
         matrices = self.layers + self.head_weights
@@ -72,7 +82,11 @@ def resident(
     """What stays in memory from the first update on: weights and AdamW's two moments, in float32."""
     held = {name: 4 * size.parameters // ranks for name, size in trained.items()}
     held["AdamW"] = sum(8 * size.parameters for size in trained.values()) // ranks
-    return held | {name: size.frozen(dtype) // ranks for name, size in frozen.items()}
+    for name, size in frozen.items():
+        weights = size.frozen(dtype)
+        root = weights - dtype.itemsize * size.layers  # whole on every rank once it has run
+        held[name] = weights if ranks == 1 else (weights - root) // ranks + root
+    return held
 
 
 def rollout_memory(
@@ -83,8 +97,9 @@ def rollout_memory(
     C = policy.config.hidden_size
     prompts = -(-prompts // ranks)
     cached = prompts * (prompt_tokens + k * response_tokens)  # tokens with a key and a value in each layer
+    copied = copies(policy, dtype) + (dtype != torch.float32) * dtype.itemsize * policy.head_weights
     return {
-        "copies": copies(policy, dtype) + (dtype != torch.float32) * dtype.itemsize * policy.head_weights,
+        "copies": copied if ranks == 1 else policy.frozen(dtype),  # a sharded policy decodes on a whole copy
         "cache": 2 * policy.config.num_hidden_layers * C * cached * dtype.itemsize,
         "prefill or logits": max(
             prompts * prompt_tokens * policy.passing(dtype),
@@ -106,7 +121,7 @@ def update_memory(
         if checkpointing:  # the input of each layer, and all of the layer that is computed again
             kept = L * 4 * C + size.kept(dtype)
         out["gradients"] += 4 * size.parameters // ranks
-        out["copies"] += copies(size, dtype)
+        out["copies"] += copies(size, dtype) if ranks == 1 else size.gathered(dtype) + 4 * size.root
         out["activations"] += tokens * (kept + 8 * C)  # and before and after the last norm
         if size.head_weights:
             logits = min(CHUNK_BYTES["cuda" if cuda else "cpu"], 4 * tokens * size.config.vocab_size)
@@ -156,9 +171,9 @@ def line(name: str, held: dict[str, int]) -> str:
 
 def dry_run(
     cfg, trained: dict[str, str], frozen: dict[str, str], *, table: str = "", prompts: int = 0, k: int = 1,
-    ranks: int = 1,
+    ranks: int = RANKS,
 ) -> dict[str, float]:
-    """Prints what each stage takes, and returns it in GiB; touches and loads nothing.
+    """Prints what each stage takes on one device, and returns it in GiB; touches and loads nothing.
 
     trained, frozen  {name: model directory or hub id, several joined by ','}
     table, prompts, k  k samples at a time to each of `prompts` prompts of that table; 0: it does not sample
@@ -180,7 +195,8 @@ def dry_run(
     )
     name = str(dtype).removeprefix("torch.")
     more = "1 to 2 more for CUDA itself" if cuda else f"{HEAP_GAPS:.0%} more for gaps in the heap"
-    print(f"GiB, matrix products in {name}; {more}")
+    each = f" on each of {ranks} devices" if ranks > 1 else ""
+    print(f"GiB{each}, matrix products in {name}; {more}")
     print(line("always", always))
     if prompts:
         print(f"samples: {prompts} prompts of at most {P} tokens, {k} responses of at most {R} to each; "

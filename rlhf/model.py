@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.config import UserError
+from rlhf.dist import full, parameters
 from rlhf.matmul import Linear
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -264,8 +265,8 @@ class NeoX(nn.Module):
         summarize_from_feedback_details (reward.py) keeps the mean score in the config, as a bias of the head.
         Hugging Face's GPTNeoXForSequenceClassification has no such bias, but it keeps a moved norm.
         """
+        w = full(parameters(self)["score.weight"])[0]
         with torch.no_grad():
-            w = self.score.weight[0]
             self.gpt_neox.final_layer_norm.bias -= offset * w / w.square().sum()
 
 

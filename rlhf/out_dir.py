@@ -11,12 +11,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from rlhf.config import UserError
+from rlhf.dist import FIRST, RANKS, agree, check_prompts, exchange, on_first
 from rlhf.files import check_apart, fingerprint, identity, remove, write_file
 from rlhf.pretrained import read_json, resolve
 
@@ -40,6 +42,7 @@ def describe(config) -> dict:
         "commit": commit(),
         "torch": torch.__version__,
         "device": device,
+        "ranks": RANKS,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -135,6 +138,30 @@ def check_out_dir(config, *inputs: str) -> dict:
     return about
 
 
+def check_ranks(config, about: dict, inputs: Callable = lambda config: {}) -> None:
+    """Raises UserError unless all ranks have the same code, options and inputs and see the same --out_dir."""
+    if RANKS == 1:
+        return
+    if hasattr(config, "batch_size"):
+        check_prompts(config.batch_size // getattr(config, "k", 1))
+    root = Path(__file__).parents[1]
+    code = {str(path.relative_to(root)): identity(path) for path in sorted(root.glob("**/*.py"))
+            if not any(part.startswith(".") for part in path.relative_to(root).parts)}
+    agree({"version of the code": code, "command line": asdict(config), "model or data": inputs(config)})
+    out = Path(config.out_dir)
+    there = out.resolve()
+    while not there.is_dir():
+        there = there.parent
+    probe = there / on_first(lambda: f".{out.name}.{os.getpid()}.probe")
+    on_first(probe.touch)
+    seen = exchange(probe.exists())
+    on_first(probe.unlink)
+    if not all(seen):
+        raise UserError(f"rank {seen.index(False)} does not see {there}, where rank 0 writes: --out_dir has "
+                        "to be on a disk that all ranks share")
+    agree({"run in --out_dir": about})
+
+
 def changes(about: dict, config, may_change: set[str]) -> dict[str, list]:
     """{option: [what it was, what it is]} of an earlier run and one that would go on with it."""
     old = about["config"]
@@ -193,13 +220,17 @@ def set_aside(out: Path) -> None:
 
 
 def forget_replaced(out: Path) -> None:
-    if replaced(out).exists():
+    if FIRST and replaced(out).exists():
         remove(replaced(out))
 
 
 def enter(config, about: dict, inputs: dict | None = None) -> None:
     """Makes --out_dir, of which check_out_dir said `about`, this process's own: locked, and with a run.json.
     --overwrite sets aside what is there."""
+    on_first(lambda: take(config, about, inputs))
+
+
+def take(config, about: dict, inputs: dict | None) -> None:
     out = Path(config.out_dir)
     if about:
         lock(out)
@@ -225,6 +256,7 @@ def check_same(config, *inputs: str, may_change: set[str], go_on: bool = False) 
                             "--overwrite it or choose another --out_dir")
         if not (go_on or getattr(config, "resume", False)):
             raise UserError(exists(out, resumable=hasattr(config, "resume")))
+    check_ranks(config, about)
     return about
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.data import check_tables, column_names, has_column, read_table
+from rlhf.dist import deal
 from rlhf.forward import TokenStats, token_stats
 from rlhf.groups import Groups, micro_batches
 from rlhf.losses import RANKED
@@ -86,8 +87,9 @@ def rows_of(batch: Batch, rows: list[int] | slice) -> Batch:
     return {key: [values[i] for i in rows] for key, values in batch.items()}
 
 
-def slices_of(batch: Batch, tokens: int, reads: set[str], again: list[int]) -> list[Batch]:
-    """Micro-batches of at most this many tokens, those of the further groups of a loss among them."""
+def slices_of(batch: Batch, tokens: int, reads: set[str], again: list[int]) -> list[slice]:
+    """This rank's micro-batches of at most this many tokens, those of the further groups of a loss among
+    them."""
     prompts, responses = batch["prompts"], batch["responses"]
     held = list(responses)  # of each pair what its rows hold beside the prompt
     if "improved" in reads:
@@ -96,7 +98,7 @@ def slices_of(batch: Batch, tokens: int, reads: set[str], again: list[int]) -> l
     if "other_prompts" in batch:
         others = zip(held, batch["other_prompts"], batch["other_responses"])
         held = [[*parts, prompt, response] for parts, prompt, response in others]
-    return [rows_of(batch, s) for s in micro_batches(prompts, held, tokens)]
+    return deal(micro_batches(prompts, held, tokens))
 
 
 # --- what models compute

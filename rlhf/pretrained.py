@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from rlhf.config import RunError, UserError
+from rlhf.dist import FIRST, LAUNCHED, exchange, fill, full, own_rows, parameters, shard
 from rlhf.model import EOS, NeoX, NeoXConfig
 
 
@@ -100,56 +101,74 @@ def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> No
     Strict: a tensor missing here or there is an error, but for the mask and rotary buffers of old Pythia
     files and the names in `skip`.
     """
-    wanted = dict(model.named_parameters())
-    left = set(wanted) - set(skip)
+    wanted = {name: p for name, p in parameters(model).items() if name not in skip}
     buffers = (".attention.bias", ".masked_bias", ".rotary_emb.inv_freq")
-    tied = {"embed_out.weight"} if model.config.tie_word_embeddings else set()
-    for file in weight_files(directory):
+    known = {*skip, "embed_out.weight"} if model.config.tie_word_embeddings else {*skip}
+    missing, others = load_tensors(wanted, weight_files(directory))
+    for key, file in others.items():
+        if key not in known and not key.endswith(buffers):
+            raise UserError(f"{file}: unexpected tensor {key}")
+    check_found(directory, missing)
+
+
+def load_tensors(wanted: dict[str, torch.Tensor], files: list[Path]) -> tuple[set[str], dict[str, Path]]:
+    """Fills the tensors that the safetensors files have; the names that they lack, and where others are."""
+    missing = set(wanted)
+    others = {}
+    for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                keys = [key for key in tensors.keys() if key not in skip and not key.endswith(buffers)]
+                keys = list(tensors.keys())
             for key in keys:
                 if key in wanted:
                     copy_tensor(file, key, wanted[key])
-                    left.discard(key)
-                elif key not in tied:
-                    raise UserError(f"{file}: unexpected tensor {key}")
+                    missing.discard(key)
+                else:
+                    others[key] = file
         except UserError:
             raise
         except Exception as error:  # safetensors raises its own SafetensorError for truncated files
             raise UserError(f"{file}: not a readable safetensors file ({error}); half-written?") from error
-    if left:
-        names = ", ".join(sorted(left)[:4]) + (" ..." if len(left) > 4 else "")
+    return missing, others
+
+
+def check_found(directory: Path, missing: set[str]) -> None:
+    if missing:
+        names = ", ".join(sorted(missing)[:4]) + (" ..." if len(missing) > 4 else "")
         raise UserError(f"{directory}: tensors missing from the file: {names}")
 
 
-def weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path, name: str = "model") -> list[Path]:
     """One file, or the shards of an index; where both lie, transformers takes the one file too."""
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    index = directory / f"{name}.safetensors.index.json"
+    names = [f"{name}.safetensors"]
     if index.exists() and not (directory / names[0]).exists():
         names = sorted(set(read_json(index)["weight_map"].values()))
-    for name in names:
-        if not (directory / name).exists():
-            raise UserError(f"{directory / name}: missing (an incomplete download or checkpoint?)")
-    return [directory / name for name in names]
+    for file in names:
+        if not (directory / file).exists():
+            raise UserError(f"{directory / file}: missing (an incomplete download or checkpoint?)")
+    return [directory / file for file in names]
 
 
 @torch.no_grad()
 def copy_tensor(file: Path, key: str, parameter: torch.Tensor) -> None:
     """The file is opened for each tensor: the pages of a mapped file count as memory of this process until it
     is closed, and that would be a second copy of the model."""
+    own, rows = own_rows(parameter)
     with safe_open(file, "pt") as tensors:
-        shape = tensors.get_slice(key).get_shape()
+        stored = tensors.get_slice(key)
+        shape = stored.get_shape()
         if shape != list(parameter.shape):
             raise UserError(f"{file}: {key} has shape {shape}, config.json asks for {list(parameter.shape)}")
-        parameter.copy_(tensors.get_tensor(key))
-    if not all_finite(parameter):
+        own.copy_(stored[rows])
+    if not all_finite(own):
         raise UserError(f"{file}: {key} holds numbers that are not finite (a run that diverged?)")
 
 
 @torch.no_grad()
 def all_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.numel():  # a rank's share of a tensor with fewer rows than ranks
+        return True
     low, high = tensor.aminmax()  # nan if one is; no mask as large as the tensor
     return math.isfinite(low) and math.isfinite(high)
 
@@ -164,6 +183,7 @@ def matmul_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def from_pretrained(
     path_or_id: str, *, revision: str = "main", head: str = "embed_out", init: str = "pretrained",
     new_head: bool = False, seed: int = 0, device: torch.device | str = "cpu", dtype: str = "auto",
+    sharded: bool = False,
 ) -> NeoX:
     """A model from a Hugging Face directory or hub id.
 
@@ -172,6 +192,7 @@ def from_pretrained(
     new_head  start a reward model from a language model: the backbone is loaded, `score` drawn from `seed`
     dtype     of matrix products, "auto", "float32" or "bfloat16". The weights are float32 in memory: in
               bfloat16 they would not move at a learning rate of 1e-6
+    sharded   under torchrun each rank holds some rows of each weight (dist.py)
 
     Memory: the parameters are allocated once, on `device`, and filled tensor by tensor.
     Raises UserError (see `resolve`, `load_weights`).
@@ -183,13 +204,16 @@ def from_pretrained(
         check_weights(directory, path_or_id)
     with torch.device("meta"):
         model = NeoX(config, head)
-    model = model.to_empty(device=device)
     model.matmul_dtype = matmul_dtype(dtype, torch.device(device))
+    if sharded and LAUNCHED:
+        shard(model)
+    model = model.to_empty(device=device)
     if config.tie_word_embeddings and head == "embed_out":  # to_empty gives each name memory of its own
         model.embed_out.weight = model.gpt_neox.embed_in.weight
     if init == "scratch":
         fresh = NeoX(config, head).init_weights(seed)
-        model.load_state_dict(fresh.state_dict())
+        for name, parameter in parameters(model).items():
+            fill(parameter, fresh.get_parameter(name).detach())
     else:
         if head == "score" and not new_head:
             if "ForCausalLM" in str(raw.get("architectures")):
@@ -202,8 +226,7 @@ def from_pretrained(
         if new_head:
             std = 1 / math.sqrt(config.hidden_size + 1)
             noise = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed))
-            with torch.no_grad():
-                model.score.weight.copy_(noise * std)
+            fill(model.score.weight, noise * std)
     return model
 
 
@@ -212,35 +235,49 @@ def save_pretrained(
     shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes config.json, model.safetensors (sharded above `shard_bytes`) and the tokenizer: a directory
-    that `transformers` opens with the same numbers."""
-    tensors = dict(model.named_parameters())  # a tied weight once, under its first name, as transformers does
-    for name, tensor in tensors.items():
-        if not all_finite(tensor):
-            raise RunError(f"{name} holds numbers that are not finite, so it was not saved: lower --lr")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", saved_config(model, dtype))
+    that `transformers` opens with the same numbers. Of a sharded model all ranks send their rows."""
+    tensors = parameters(model)  # a tied weight once, under its first name, as transformers does
+    bad = [name for name, tensor in tensors.items() if not all_finite(own_rows(tensor)[0])]
+    if bad := sum(exchange(bad), []):
+        raise RunError(f"{bad[0]} holds numbers that are not finite, so it was not saved: lower --lr")
+    if FIRST:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "config.json", saved_config(model, dtype))
+        save_tokenizer(tokenizer, directory, model.config.max_position_embeddings)
+    save_tensors(tensors, directory, "model", dtype, shard_bytes)
 
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], directory: Path, name: str, dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes <name>.safetensors, or above `shard_bytes` several files and their index; floating-point numbers
+    as `dtype`. The first rank writes, and holds one file at a time."""
     shards = [[]]  # names of the tensors in each
     size = 0
-    for name, tensor in tensors.items():
+    for key, tensor in tensors.items():
         own = tensor.numel() * dtype.itemsize
         if size + own > shard_bytes and shards[-1]:
             shards.append([])
             size = 0
-        shards[-1].append(name)
+        shards[-1].append(key)
         size += own
-    files = ["model.safetensors"]
+    files = [f"{name}.safetensors"]
     if len(shards) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards):
-        copies = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(copies, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        files = [f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, keys in zip(files, shards):
+        copies = {}
+        for key in keys:
+            tensor = full(tensors[key])
+            kept = dtype if tensor.is_floating_point() else tensor.dtype
+            copies |= {key: tensor.to("cpu", kept).contiguous()} if FIRST else {}
+        if FIRST:
+            save_file(copies, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1 and FIRST:
+        weight_map = {key: file for file, keys in zip(files, shards) for key in keys}
         total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory / "model.safetensors.index.json", index)
-    save_tokenizer(tokenizer, directory, model.config.max_position_embeddings)
+        write_json(directory / f"{name}.safetensors.index.json", index)
 
 
 def saved_config(model: NeoX, dtype: torch.dtype) -> dict:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlhf.common import frozen
+from rlhf.dist import on_first
 from rlhf.model import EOS, NeoX, compile_layers
 from rlhf.pretrained import from_pretrained, save_pretrained
 
@@ -226,7 +227,8 @@ def round_model(
     that a resumed run has the same, and each round's model can be evaluated."""
     if begins:
         save_pretrained(policy, tokenizer, folder)
-    model = frozen(from_pretrained(str(folder), device=policy.device, dtype=dtype))
+        on_first(folder.exists)  # all wait until it is written
+    model = frozen(from_pretrained(str(folder), device=policy.device, dtype=dtype, sharded=True))
     if compiled:
         compile_layers(model)
     return model

@@ -12,13 +12,16 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from rlhf.config import RunError, UserError
+from rlhf.checkpoint import restore, state_tensors
+from rlhf.config import UserError
+from rlhf.dist import FIRST, on_first
 from rlhf.files import checksum, move_in, read_objects, remove, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
     changes,
     check_inputs,
     check_out_dir,
+    check_ranks,
     enter,
     exists,
     forget_replaced,
@@ -28,14 +31,14 @@ from rlhf.out_dir import (
     named,
     unlock,
 )
-from rlhf.pretrained import load_weights, read_json, save_pretrained
+from rlhf.pretrained import read_json, save_pretrained, save_tensors
 from rlhf.trackers import Trackers
 
 MAY_CHANGE = {  # at a resume: where and how fast, but no number
     "out_dir", "resume", "overwrite", "device", "save_every", "keep", "micro_batch_tokens", "compile",
-    "gradient_checkpointing", "samples_every", "wandb", "tensorboard",
+    "gradient_checkpointing", "samples_every", "wandb", "tensorboard", "rank_timeout", "rollout_prompts",
 }
-OTHER_SAMPLES = {"rollout_prompts", "eval_rows"}  # may change too, and that is said and written down
+OTHER_SAMPLES = {"eval_rows"}  # may change too, and that is said and written down
 LENGTH = {"episodes", "epochs"}  # may rise where no learning rate depends on them
 
 
@@ -44,29 +47,16 @@ def finite(record: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def save_state(state: dict, path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path}: cannot be written ({reason}); is the disk full?") from error
+LAST_TO_GO = "optimizer.safetensors*"  # the file or the index of its shards
 
 
 def resumable(out: Path) -> list[Path]:
     """Checkpoints with the optimizer's state, the newest first."""
     found = sorted((out / "ckpt").glob("step_*"), reverse=True)
-    return [path for path in found if (path / "trainer.pt").exists()]
-
-
-def check_whole(checkpoint: Path) -> None:
-    """Raises UserError unless every file has the checksum that it was written with."""
-    sums = checkpoint / "checksums.json"
-    if not sums.exists():  # of a version without them
-        return
-    for name, expected in read_json(sums).items():
-        file = checkpoint / name
-        if not file.exists() or checksum(file) != expected:
-            raise UserError(f"{file}: damaged (its checksum is another than when it was written)")
+    if old := [path for path in found if (path / "trainer.pt").exists()]:
+        raise UserError(f"{old[0]} is of an earlier version: its optimizer state (trainer.pt) is not read "
+                        f"any more; begin a new run with --model={old[0]}")
+    return [path for path in found if any(path.glob(LAST_TO_GO))]
 
 
 class Run:
@@ -89,6 +79,7 @@ class Run:
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
         self.about = check_out_dir(config)
+        check_ranks(config, self.about, inputs_of)
         self.finished = False
         if self.about and not config.overwrite:
             if not config.resume:
@@ -107,7 +98,7 @@ class Run:
         longer = any(map(self.longer, self.changed))
         self.finished = (self.out / "result.json").exists() and not longer
         if not self.finished:
-            lock(self.out)
+            on_first(lambda: lock(self.out))
             check_inputs(self.about, self.config)
 
     def longer(self, key: str) -> bool:
@@ -128,7 +119,7 @@ class Run:
         logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
         checkpoints = resumable(self.out)
         if not checkpoints:
-            for log in logs:  # of an attempt that ended before its first checkpoint
+            for log in logs if FIRST else []:  # of an attempt that ended before its first checkpoint
                 log.unlink(missing_ok=True)
             print(f"{self.out}: no checkpoint to resume, starting at step 0")
         else:
@@ -138,16 +129,21 @@ class Run:
             print(f"resuming {self.out} at step {self.start} of {self.steps}")
         for log in filter(Path.exists, logs):  # lines after the checkpoint will be written again
             lines = read_lines(log, self.start)
-            write_file(log, "".join(line + "\n" for line in lines))
+            if FIRST:
+                write_file(log, "".join(line + "\n" for line in lines))
             if lines and log == logs[0]:
                 self.last = json.loads(lines[-1])
+        if FIRST:
+            self.tidy()
+        return self.start
+
+    def tidy(self) -> None:
         if self.changed:
             self.note_changes()
         thin(self.out / "ckpt", self.config.keep)
         (self.out / "result.json").unlink(missing_ok=True)  # of a run that is made longer
         if has_shown(self.out):
             forget_replaced(self.out)  # a kill came between
-        return self.start
 
     def note_changes(self) -> None:
         """Into run.json, and on the screen where they change numbers."""
@@ -159,13 +155,15 @@ class Run:
 
     def log(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
         """Appends one line to metrics.jsonl; `show` names what the progress bar tells."""
+        self.last = {"step": step, **finite(metrics)}
+        if not FIRST:
+            return
         if self.bar is None:
             live = sys.stderr.isatty()
             self.bar = tqdm(
                 total=self.steps, initial=self.start, desc=str(self.out), mininterval=0.5 if live else 15,
                 dynamic_ncols=live,
             )
-        self.last = {"step": step, **finite(metrics)}
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.last) + "\n")
         self.track(step, finite(metrics))
@@ -179,28 +177,34 @@ class Run:
         self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
         generator: torch.Generator | None = None, critic: NeoX | None = None,
     ) -> None:
-        """Every --save_every steps: ckpt/step_N, a Hugging Face directory, trainer.pt and checksums.json.
+        """Every --save_every steps: ckpt/step_N, a Hugging Face directory, optimizer.safetensors (one file or
+        shards) and checksums.json: the same files, however many ranks wrote them.
 
         Old ones go first (--keep), so that the disk holds no more than keep, or two. The newest two can be
-        resumed: trainer.pt is two thirds of the bytes.
+        resumed: the optimizer's state is two thirds of the bytes.
         """
         if not self.config.save_every or step % self.config.save_every:
             return
         folder = self.out / "ckpt"
         aside = folder / "writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        thin(folder, self.config.keep and max(1, self.config.keep - 1))
+        if FIRST:
+            shutil.rmtree(aside, ignore_errors=True)
+            thin(folder, self.config.keep and max(1, self.config.keep - 1))
         save_pretrained(model, tokenizer, aside)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state = state_tensors(model, optimizer, critic)
+        state |= {"step": torch.tensor([step]), "rng": torch.get_rng_state()}
         if generator is not None:
             state["generator"] = generator.get_state()
-        if critic is not None:
-            state["critic"] = critic.state_dict()
-        save_state(state, aside / "trainer.pt")
+        save_tensors(state, aside, "optimizer")
+        if FIRST:
+            self.move_in(aside, folder / f"step_{step:08d}")
+
+    def move_in(self, aside: Path, final: Path) -> None:
+        """A checkpoint is whole before it has its name."""
+        folder = final.parent
         sums = {file.name: checksum(file) for file in sorted(aside.iterdir())}
         (aside / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n")
         sync(self.out / "metrics.jsonl", *aside.iterdir(), aside)
-        final = folder / f"step_{step:08d}"
         if final.exists():
             remove(final)
         aside.rename(final)
@@ -213,15 +217,17 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         aside = self.out / "writing"
-        shutil.rmtree(aside, ignore_errors=True)
+        if FIRST:
+            shutil.rmtree(aside, ignore_errors=True)
         save_pretrained(model, tokenizer, aside)
-        sync(*aside.iterdir())
-        move_in(aside, self.out, last="config.json")  # a directory without it is not a model
         seconds = round(time.time() - self.began, 1)
         result = {**finite(result), "out_dir": str(self.out), "seconds": seconds}
-        write_file(self.out / "result.json", json.dumps(result) + "\n")
-        forget_replaced(self.out)
-        unlock(self.out)
+        if FIRST:
+            sync(*aside.iterdir())
+            move_in(aside, self.out, last="config.json")  # a directory without it is not a model
+            write_file(self.out / "result.json", json.dumps(result) + "\n")
+            forget_replaced(self.out)
+            unlock(self.out)
         print(json.dumps(result))
         return result
 
@@ -242,47 +248,11 @@ def thin(folder: Path, keep: int) -> None:
     for old in kept[:-keep] if keep else []:
         remove(old)
     for old in kept[:-2]:
-        (old / "trainer.pt").unlink(missing_ok=True)
+        for file in (*old.glob(LAST_TO_GO), *old.glob("optimizer-*")):
+            file.unlink(missing_ok=True)
 
 
 def read_lines(log: Path, last: int) -> list[str]:
     """The lines of a log up to step `last`."""
     entries = read_objects(log)
     return [line for line, entry in entries if isinstance(entry.get("step"), int) and entry["step"] <= last]
-
-
-def restore(
-    checkpoints: list[Path], model: NeoX, optimizer: torch.optim.Optimizer, generator: torch.Generator | None,
-    critic: NeoX | None,
-) -> int:
-    """Loads the newest checkpoint; returns its step."""
-    newest = checkpoints[0]
-    try:
-        check_whole(newest)
-        load_weights(model, newest)
-        state = load_state(newest / "trainer.pt", optimizer, critic)
-    except UserError as error:
-        advice = "it was the only one: start anew with --overwrite"
-        if len(checkpoints) > 1:
-            advice = f"remove {newest} to go on from {checkpoints[1].name}"
-        raise UserError(f"{error}; {advice}") from error
-    if generator is not None:
-        try:
-            generator.set_state(state["generator"])
-        except (RuntimeError, TypeError) as error:  # a CPU's and a GPU's generators have nothing in common
-            raise UserError(f"{newest} was written on another kind of device: its samples cannot be "
-                            f"continued on {generator.device}") from error
-    return state["step"]
-
-
-def load_state(path: Path, optimizer: torch.optim.Optimizer, critic: NeoX | None) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        if critic is not None:
-            critic.load_state_dict(state["critic"])
-        torch.set_rng_state(state["rng"])
-        return {"step": int(state["step"]), "generator": state.get("generator")}
-    except Exception as error:  # torch raises whatever zip, pickle and a foreign content raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not readable ({reason})") from error

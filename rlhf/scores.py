@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlhf.config import UserError
+from rlhf.dist import deal, gather, on_first
 from rlhf.forward import response_scores
 from rlhf.groups import micro_batches
 from rlhf.model import EOS, NeoX
@@ -128,7 +129,7 @@ class Scorer:
             K = len(responses[0]) if self.reward_fn else 1
             queries = [query for query in self.tokenizer.decode_batch(drawn["query_token"]) for _ in range(K)]
             compared = [texts] if self.reward_fn else [texts[::2], texts[1::2]]
-            returned = rewards_of(function, queries, *compared).to(self.device)
+            returned = on_first(lambda: rewards_of(function, queries, *compared)).to(self.device)
             found |= {"raw_scores": returned.view(-1, K)} if self.reward_fn else self.won(returned, ended)
         else:
             found["raw_scores"] = found["gold"]
@@ -146,11 +147,12 @@ class Scorer:
         """The human references are response K + 1 of their row."""
         K = len(responses[0])
         rows = [own + human for own, human in zip(responses, references or [[]] * len(prompts))]
+        slices = deal(micro_batches(prompts, rows, self.max_tokens))
         parts = []
-        for s in micro_batches(prompts, rows, self.max_tokens):
+        for s in slices:
             groups = self.pack_rows(prompts[s], rows[s])
             parts.append(torch.stack([response_scores(model, groups) for model in self.models]))
-        each = torch.cat(parts, 1)  # (M, N, K or K + 1)
+        each = torch.cat(gather(parts, slices), 1)  # (M, N, K or K + 1)
         scores = self.mix(each)  # (N, K or K + 1)
         found = {"raw_scores": scores[:, :K], "reference_scores": scores[:, K:]}
         if len(self.models) > 1:

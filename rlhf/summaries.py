@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.data import has_column, read_table
+from rlhf.dist import FIRST
 from rlhf.files import write_file
 from rlhf.model import EOS
 from rlhf.pretrained import read_tokenizer
@@ -95,6 +96,8 @@ def log_samples(
 ) -> None:
     """Adds scored responses to a jsonl file, a line per prompt; of each response SHOWN as far as it is known.
     Lines of this step and later ones, which a run left behind before it was resumed, are dropped."""
+    if not FIRST:
+        return
     lines = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < step]
     texts = texts_of(tokenizer, responses)

@@ -33,7 +33,7 @@ run() {
 }
 export -f run
 export out
-python -m study.online --commands --out=$out --seeds=${SEEDS:-1,2,3} --episodes=${EPISODES:-3200} --only="${ONLY:-}" |
+python -m study.online --commands --out=$out --seeds=${SEEDS:-1,2,3} --episodes=${EPISODES:-2560} --only="${ONLY:-}" |
     sed 's/ /\t/' | xargs -P $jobs -I{} bash -c 'IFS=$'"'\t'"' read -r name command <<< "$1"; run "$name" "$command"' _ {}
 
 python evaluate.py --data_dir=$out/data --model="$out/sft,$out/*_s[0-9]" --ref_model=$out/sft --judge=gold --n=300 \

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # The paper's study at Pythia 1B, a grid like that of runs/study.sh, command by command, on one GPU with 80
-# GB: SFT and reward model as in vwxyzjn/summarize_from_feedback_details ("The N Implementation Details of
-# RLHF with PPO"), RLOO with TRL's defaults and the paper's learning rates. runs/paper_2.8b.sh and
+# GB (GPUS=8: on eight): SFT and reward model as in vwxyzjn/summarize_from_feedback_details ("The N
+# Implementation Details of RLHF with PPO"), RLOO with TRL's defaults and the paper's learning rates. runs/paper_2.8b.sh and
 # runs/paper_6.9b.sh are the other two sizes. Every stage resumes where it was stopped, a finished run is
 # not run again. SEEDS="1 2 3" repeats everything that is not SFT, each seed with its own reward model. Not
 # yet run on a GPU by us.
 source "$(dirname "$0")/env.sh"
+python=python
+[ "${GPUS:-1}" = 1 ] || python="torchrun --nproc_per_node=$GPUS"  # data/tldr.py runs on one
 size=${SIZE:-1b}
 out=out/$size
 seeds=${SEEDS:-1}
@@ -34,17 +36,17 @@ finished() {  # run, "figure" if its checkpoints are drawn: a finished run is no
 common="--data_dir=out/tldr --resume $tokens ${TRAIN:-}"
 
 # SFT: 116,722 posts, 911 updates of 128, lr 3e-6 cosine; published ROUGE-L 0.247 (1B)
-python train_sft.py $common --model=EleutherAI/pythia-$size-deduped --out_dir=$out/sft
+$python train_sft.py $common --model=EleutherAI/pythia-$size-deduped --out_dir=$out/sft
 finished $out/sft
 for seed in $seeds; do
     rm=$out/rm_s$seed
     # reward model: 92,858 pairs, 1,450 updates of 64, lr 3e-6 cosine; published accuracy 0.629 (1B)
-    python train_rm.py $common --model=$out/sft --seed=$seed --out_dir=$rm
+    $python train_rm.py $common --model=$out/sft --seed=$seed --out_dir=$rm
     finished $rm
 
     # RLOO: 1M episodes in batches of 512, k = 2, 4 epochs, temperature 0.7, 53 tokens
     rloo() {  # name, options
-        python train_rloo.py $common --model=$out/sft --reward_model=$rm --rollout_prompts=${ROLLOUT:-256} \
+        $python train_rloo.py $common --model=$out/sft --reward_model=$rm --rollout_prompts=${ROLLOUT:-256} \
             --save_every=195 --seed=$seed "${@:2}" --out_dir=$out/rloo_$1_s$seed
         finished $out/rloo_$1_s$seed
     }
@@ -64,12 +66,12 @@ for seed in $seeds; do
         rloo clip1e-4_lr$lr --reward=maxent_length:0.1 --clip=1e-4 --lr=$lr
         rloo fill_0.1_lr$lr --reward=maxent_length:0.1 --invalid_logprob_fill=1.0 --lr=$lr
     done
-    [ -e $out/best_of_n_s$seed/result.json ] || python -m study.best_of_n --overwrite --data_dir=out/tldr \
+    [ -e $out/best_of_n_s$seed/result.json ] || $python -m study.best_of_n --overwrite --data_dir=out/tldr \
         --model=$out/sft --reward_model=$rm --seed=$seed $tokens --out_dir=$out/best_of_n_s$seed
 
     # offline: SimPO at two learning rates and two β, with the reference's adaptive margin (dpo_length); DPO
     offline() {  # name, options
-        python train_simpo.py $common --model=$out/sft --keep=0 --save_every=310 --seed=$seed "${@:2}" \
+        $python train_simpo.py $common --model=$out/sft --keep=0 --save_every=310 --seed=$seed "${@:2}" \
             --out_dir=$out/$1_s$seed
         case $1 in
             simpo_beta2_*) finished $out/$1_s$seed figure ;;
@@ -90,7 +92,7 @@ done
 
 # win rates against the reference summaries, greedy, 1,000 posts; needs OPENAI_API_KEY (or
 # JUDGE="rm --reward_model=..." without one)
-evaluate="python evaluate.py --data_dir=out/tldr --ref_model=$out/sft --n=1000 --resume $tokens
+evaluate="$python evaluate.py --data_dir=out/tldr --ref_model=$out/sft --n=1000 --resume $tokens
     --judge=${JUDGE:-llm --judge_model=gpt-4o-mini}"
 $evaluate --model="$out/sft,$out/rloo_*,$out/simpo_*,$out/dpo*" --out_dir=$out/eval
 $evaluate --model="$out/simpo_beta2_*/ckpt/*" --out_dir=$out/eval_checkpoints  # Figure 6

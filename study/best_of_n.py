@@ -61,6 +61,7 @@ class Config:
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward; changes memory and speed, not the result
     rollout_prompts: int = 16  # prompts in one generation call
+    rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 
 # --- the estimator
@@ -137,7 +138,7 @@ def sampled_values(cfg: Config, posts: list[Post], device: torch.device) -> dict
 
 def main(cfg: Config) -> dict:
     began = time.time()
-    device = setup(cfg.seed, cfg.device, cfg.plain)
+    device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     check(cfg)
     about = check_same(cfg, may_change={"overwrite", "device"})
     posts, _ = read_posts(cfg.data_dir, f"sft_{cfg.split}", [], cfg.rows)

@@ -89,7 +89,7 @@ class Config:
     commands: bool = False  # print what is to be run
     table: bool = False  # print what came of it
     seeds: str = "1,2,3"  # of --commands
-    episodes: int = 3200  # of --commands: responses sampled in a run
+    episodes: int = 2560  # of --commands: responses that a run of RL samples
     only: str = ""  # of --commands: some of the methods, joined by ','
 
 

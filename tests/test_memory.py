@@ -112,6 +112,8 @@ def test_devices_share_what_is_sharded():
     size = {"policy": Size.of(config)}
     whole, half = (resident(size, {}, torch.float32, ranks) for ranks in (1, 2))
     assert all(2 * half[name] == whole[name] for name in whole)
+    one, two, many = (resident({}, size, torch.bfloat16, ranks)["policy"] for ranks in (1, 2, 10**9))
+    assert one - many == 2 * (two - many) == 2 * size["policy"].layers  # embedding and head stay whole
     row = (size, {}, torch.bfloat16, 1000)
     one, two = (update_memory(*row, cuda=True, checkpointing=False, ranks=ranks) for ranks in (1, 2))
     assert 2 * two["gradients"] == one["gradients"] and two["activations"] == one["activations"]

@@ -33,7 +33,7 @@ DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the t
 # Tested in test_scripts.py, test_cli.py or test_judge.py, or invisible without a hub or a language model.
 ELSEWHERE = {
     "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "compare_fn",
-    "samples_every", "dry_run", "plain",
+    "samples_every", "dry_run", "plain", "rank_timeout",
     "wandb", "tensorboard", "clip_high", "value_clip",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
@@ -59,7 +59,7 @@ REWARD = MISSING_EOS | MIX | dict(
     entropy_target=5.0, entropy_rate=dict(entropy_target=5.0, entropy_rate=0.5), score_after="a",
 )
 ROLLOUT = dict(rollout="adaptive", reset_share=dict(rollout="reset", reset_share=0.9))
-ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
+ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.02)
 RATIO = dict(policy_loss="token")
 SAMPLING = dict(temperature=1.0, top_p=0.5)
 PPO = dict(
@@ -231,6 +231,15 @@ def test_compile(tiny, script, monkeypatch):
     models = {train_rloo: 3, train_online: 3, train_ppo: 4, train_simpo: 2}.get(script, 1)
     assert sum(f.__name__ == "project" for f in compiled) == 2 * models
     assert_same(script, run, tiny.run(script))
+
+
+def test_the_sampler_of_a_round_is_compiled_too(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    run = tiny.fresh(train_online, compile=True, round_updates=2)
+    rounds = len(list((run / "rounds").iterdir()))
+    assert rounds == 2 and sum(f.__name__ == "project" for f in compiled) == 2 * (3 + rounds)
+    assert_same(train_online, run, tiny.run(train_online, round_updates=2))
 
 
 @each_training

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import runpy
 import shlex
@@ -97,6 +98,19 @@ def test_without_the_fork_its_name_is_unknown(tree, file, code, command, monkeyp
         runpy.run_path(str(ROOT / script), run_name="__main__")
     (name,) = re.findall(r'\["(\w+)"\] = ', code)
     assert stop.value.code == 2 and re.search(rf"error: --\w+={name}.*known", capsys.readouterr().err)
+
+
+def test_the_line_for_several_devices_runs_as_printed(tree):
+    (command,) = re.findall(r"```bash\n(torchrun .*?)```", section(README, "Several devices"), re.S)
+    _, *words = shlex.split(command.replace("\\\n", ""))
+    line = [sys.executable, "-m", "torch.distributed.run", *words, *SMALL, *SMALL_OF["train_rloo.py"]]
+    done = subprocess.run(
+        line, capture_output=True, text=True, cwd=tree, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    (out_dir,) = [word.split("=")[1] for word in words if word.startswith("--out_dir=")]
+    assert len(log(tree / out_dir)) == 2
+    assert json.loads((tree / out_dir / "run.json").read_text())["ranks"] == 2
 
 
 # --- the table of metrics

@@ -108,9 +108,9 @@ def test_a_run_with_a_function_is_resumed_where_it_failed(reward_file):
 def test_a_function_may_be_mended_before_the_resume(reward_file, capsys):
     """What the error advises; a reward model that is another is refused."""
     with pytest.raises(RunError, match="stops returned inf.* mend it and continue with --resume"):
-        rloo(reward_fn="reward.py:stops", save_every=1)
-    Path("reward.py").write_text(REWARD.replace("calls == 4", "False"))
-    rloo(reward_fn="reward.py:stops", save_every=1, resume=True)
+        rloo(reward_fn="reward.py:stops", save_every=1, samples_every=1)
+    Path("reward.py").write_text(REWARD.replace("calls == 7", "False"))
+    rloo(reward_fn="reward.py:stops", save_every=1, samples_every=1, resume=True)
     assert "--reward_fn=reward.py:stops has changed since the run began" in capsys.readouterr().out
     assert [line["step"] for line in lines_of("rloo/metrics.jsonl")] == [1, 2, 3, 4]
 

@@ -179,6 +179,14 @@ def test_resumed_equals_uninterrupted(cfg, tmp_path):
     assert folders(cfg)[-1] == "step_00000008" and "writing" not in folders(cfg)
 
 
+def test_a_checkpoint_of_an_earlier_version_is_told_in_one_line(cfg):
+    train(cfg, 4)
+    folder = out(cfg) / "ckpt" / "step_00000004"
+    (folder / "optimizer.safetensors").rename(folder / "trainer.pt")
+    with pytest.raises(UserError, match="trainer.pt.* begin a new run with --model=.*step_00000004"):
+        train(replace(cfg, resume=True), 8)
+
+
 def test_unreadable_trainer_state(cfg):
     train(cfg, 4)
     state = state_files(out(cfg) / "ckpt" / "step_00000004")[0]

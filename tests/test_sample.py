@@ -158,14 +158,14 @@ def rows_of(data: Path, table: str) -> dict[str, list]:
 
 def recorded(monkeypatch):
     calls = []
-    generate = sample.generate
+    generate = sample.generate_all
 
     def spy(model, prompts, *args, **options):
         responses, ended = generate(model, prompts, *args, **options)
         calls.extend(zip(prompts, responses, ended))
         return responses, ended
 
-    monkeypatch.setattr(sample, "generate", spy)
+    monkeypatch.setattr(sample, "generate_all", spy)
     return calls
 
 
@@ -246,7 +246,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, s
         pass
 
     cfg = config_of(world, tmp_path / "out", select=select)
-    generate = sample.generate
+    generate = sample.generate_all
     calls = Counter()
 
     def dies(*args, **options):
@@ -255,7 +255,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, s
             raise Killed
         return generate(*args, **options)
 
-    monkeypatch.setattr(sample, "generate", dies)
+    monkeypatch.setattr(sample, "generate_all", dies)
     with pytest.raises(Killed):
         sample.main(cfg)
     assert not (tmp_path / "out/meta.json").exists()

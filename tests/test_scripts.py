@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import rlhf.policy
@@ -126,7 +126,7 @@ def test_a_run_directory_explains_itself(world, script, capsys):
     assert [line["step"] for line in metrics(run)] == list(range(1, 5))
     assert all(math.isfinite(v) for line in metrics(run) for v in line.values())
     assert [p.name for p in sorted((run / "ckpt").iterdir())] == ["step_00000002", "step_00000004"]
-    assert [(p / "trainer.pt").exists() for p in sorted((run / "ckpt").iterdir())] == [True, True]
+    assert [(p / "optimizer.safetensors").exists() for p in sorted((run / "ckpt").iterdir())] == [True, True]
 
 
 @each_script
@@ -327,9 +327,9 @@ def test_resume_refuses_other_settings_and_a_damaged_checkpoint(world, tmp_path)
     (run / "result.json").unlink()
     with pytest.raises(UserError, match="--lr was 0.003, is 0.1"):
         train_sft.main(again(world, train_sft, run, resume=True, lr=0.1))
-    trainer = run / "ckpt/step_00000004/trainer.pt"
-    trainer.write_bytes(trainer.read_bytes()[:1000])
-    with pytest.raises(UserError, match="trainer.pt"):
+    state = run / "ckpt/step_00000004/optimizer.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(UserError, match="optimizer.safetensors"):
         train_sft.main(again(world, train_sft, run, resume=True))
     weights_file = run / "ckpt/step_00000004/model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
@@ -461,10 +461,9 @@ def test_resume_on_another_kind_of_device_is_refused(world, tmp_path):
     shutil.copytree(world / "rloo", run)
     (run / "result.json").unlink()
     for folder in (run / "ckpt").iterdir():
-        if (folder / "trainer.pt").exists():
-            state = torch.load(folder / "trainer.pt", weights_only=True)
+        if (file := folder / "optimizer.safetensors").exists():
             # the size of CUDA's
-            torch.save({**state, "generator": torch.zeros(16, dtype=torch.uint8)}, folder / "trainer.pt")
+            save_file({**load_file(file), "generator": torch.zeros(16, dtype=torch.uint8)}, file)
             (folder / "checksums.json").unlink()
     with pytest.raises(UserError, match="another kind of device"):
         train_rloo.main(again(world, train_rloo, run, resume=True))
@@ -472,7 +471,6 @@ def test_resume_on_another_kind_of_device_is_refused(world, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(world, tmp_path):
     shutil.copytree(world / "sft", tmp_path / "sft")
-    from safetensors.torch import save_file
     tensors = load_file(tmp_path / "sft/model.safetensors")
     tensors["gpt_neox.final_layer_norm.weight"][:] = 3e38  # finite, but no sum of two of them is
     save_file(tensors, tmp_path / "sft/model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,239 @@
+"""Two and three ranks (gloo) against one process: the same samples, logs and weights.
+
+AdamW's epsilon is 1 here (tiny.base): a step is lr x gradient, so a wrong gradient is a wrong weight.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import apart, base, distance, log, measured, weights
+
+import evaluate
+import sample
+import train_online
+import train_ppo
+import train_rloo
+import train_rm
+import train_sft
+import train_simpo
+from study import best_of_n
+
+HERE = Path(__file__).parent
+CLOSE = 1e-5  # of weights
+LONG = {"micro_batch_tokens": 1}  # every prompt alone: 3 on 2 ranks, 5 on 3
+
+# name -> script, options. Batches of 3, 5 and 6 prompts: 2 and 3 ranks do not always divide them.
+RUNS = {
+    "sft": (train_sft, dict(batch_size=6, save_every=2, max_grad_norm=1.0, eval_every=1)),
+    "sft_alone": (train_sft, dict(batch_size=5, **LONG)),
+    "rm": (train_rm, dict(center=True)),
+    "dpo": (train_simpo, dict(gradient_checkpointing=True)),
+    "vpo": (train_simpo, dict(loss="vpo", beta=None)),
+    "rloo": (train_rloo, dict(batch_size=10, episodes=30, save_every=1, samples_every=1)),
+    "rloo_clipped": (train_rloo, dict(
+        batch_size=6, episodes=12, max_grad_norm=0.5, gradient_checkpointing=True, rollout_prompts=1,
+        samples_every=1, **LONG,
+    )),
+    "adaptive": (train_rloo, dict(rollout="adaptive", k=2, batch_size=6, episodes=12)),
+    "ppo": (train_ppo, dict(batch_size=10, episodes=20, max_grad_norm=1.0, save_every=1)),
+    "online": (train_online, dict(batch_size=20, episodes=40, mixture=0.3, round_updates=1)),
+    "bf16": (train_sft, dict(batch_size=6, dtype="bfloat16", **LONG)),
+}
+RESUMED = ("sft", "rloo", "ppo")
+JUDGED = {  # no weights, but numbers and tables
+    "evaluate": (evaluate, dict(judge="gold,rm", n=5)),
+    "sample": (sample, dict(rows=7, rollout_prompts=3)),
+    "best_of_n": (best_of_n, dict(rows=5)),
+}
+BROKEN = {  # what is broken: the run that has to differ then
+    "mean_of_gradients": "dpo", "norms_not_summed": "dpo", "noise_per_rank": "rloo", "wrong_order": "rloo",
+}
+
+
+def options(tiny, name: str, out: Path, **changes) -> dict:
+    script, own = (RUNS | JUDGED)[name]
+    merged = base(script) | own | changes | {"out_dir": str(out)}
+    merged = {k: v.format(world=tiny.root) if isinstance(v, str) else v for k, v in merged.items()}
+    return {k: v for k, v in merged.items() if v is not None}
+
+
+def job(tiny, name: str, out: Path | str, broken: str = "", folders: tuple = (), **changes) -> dict:
+    """`folders`: where each rank stands."""
+    script = (RUNS | JUDGED)[name][0].__name__
+    config = options(tiny, name, out, **changes)
+    folders = [str(folder) for folder in folders or 3 * [tiny.root]]
+    return {"script": script, "config": config, "broken": broken, "folders": folders}
+
+
+def torchrun(ranks: int, *command: str, **how) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return subprocess.run(
+        [*line, *command], cwd=HERE.parent, env=environment, capture_output=True, text=True, **how
+    )
+
+
+def run_jobs(ranks: int, jobs: list[dict], file: Path) -> list[str]:
+    """The error of each job, "" for none."""
+    file.write_text(json.dumps(jobs))
+    done = torchrun(ranks, str(HERE / "ranks.py"), str(file), timeout=300)
+    assert done.returncode == 0, done.stderr[:4000]
+    return json.loads(Path(f"{file}.errors").read_text())
+
+
+def cut(run: Path, copy: Path, step: int) -> Path:
+    """The run as a kill after this step's checkpoint left it."""
+    shutil.copytree(run, copy)
+    for path in copy.iterdir():
+        if path.is_file() and path.name not in ("run.json", "metrics.jsonl", "samples.jsonl"):
+            path.unlink()
+    for folder in (copy / "ckpt").iterdir():
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def one(tiny) -> dict[str, Path]:
+    """Every run in one process."""
+    out = {}
+    for name, (script, _) in (RUNS | JUDGED).items():
+        out[name] = tiny.root / f"one_{name}"
+        result = script.main(script.Config(**options(tiny, name, out[name])))
+        (out[name] / "returned.json").write_text(json.dumps(result))
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny, one) -> dict[tuple[str, int], Path]:
+    """Every run on 2 and on 3 ranks, resumed ones and broken ones."""
+    out = {}
+    for ranks in (2, 3):
+        jobs = []
+        for name in RUNS | JUDGED:
+            out[name, ranks] = tiny.root / f"{name}_{ranks}"
+            jobs.append(job(tiny, name, out[name, ranks]))
+        for name in RESUMED:
+            before = one[name] if ranks == 2 else out[name, 2]  # 1 -> 2 and 2 -> 3 ranks
+            folder = out[f"{name} resumed", ranks] = tiny.root / f"{name}_resumed_{ranks}"
+            jobs.append(job(tiny, name, cut(before, folder, 2 if name != "ppo" else 1), resume=True))
+        for broken, name in BROKEN.items() if ranks == 2 else []:
+            out[broken, 2] = tiny.root / broken
+            jobs.append(job(tiny, name, out[broken, 2], broken))
+        if ranks == 2:
+            folder = out["moments_lost", 2] = tiny.root / "moments_lost"
+            jobs.append(job(tiny, "sft", cut(one["sft"], folder, 2), "moments_lost", resume=True))
+        errors = run_jobs(ranks, jobs, tiny.root / f"jobs_{ranks}.json")
+        assert not any(errors), errors
+    return out
+
+
+def moved(tiny, name: str, run: Path) -> float:
+    start = weights(tiny.root / "policy")
+    end = weights(run)
+    shared = start.keys() & end.keys()
+    return apart({k: start[k] for k in shared}, {k: end[k] for k in shared})
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", RUNS)
+def test_any_number_of_ranks_makes_the_same_run(tiny, one, ranked, name, ranks):
+    run = ranked[name, ranks]
+    assert moved(tiny, name, one[name]) > 1e-3
+    assert distance(run, one[name]) < CLOSE
+    ours, theirs = measured(run), measured(one[name])
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        close = 1e-3 * max(1.0, abs(value)) if key.endswith("grad_norm") else 1e-4 * max(1.0, abs(value))
+        assert abs(ours[key] - value) < close, key
+    assert json.loads((run / "run.json").read_text())["ranks"] == ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", JUDGED)
+def test_prompts_are_shared_and_one_rank_writes(one, ranked, name, ranks):
+    run = ranked[name, ranks]
+    ours, theirs = measured(run), measured(one[name])
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    assert max(abs(ours[key] - value) / max(1, abs(value)) for key, value in theirs.items()) < 1e-4
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in one[name].iterdir())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_samples_do_not_depend_on_ranks_or_on_rollout_prompts(tiny, one, ranked, ranks):
+    for name in ("rloo", "rloo_clipped"):
+        texts = [
+            [r["text"] for line in (run / "samples.jsonl").read_text().splitlines()
+             for r in json.loads(line)["responses"]]
+            for run in (one[name], ranked[name, ranks])
+        ]
+        assert texts[0] == texts[1] and len(set(texts[0])) > 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_with_another_number_of_ranks(one, ranked, name, ranks):
+    run = ranked[f"{name} resumed", ranks]
+    assert distance(run, one[name]) < CLOSE
+    assert [line["step"] for line in log(run)] == [line["step"] for line in log(one[name])]
+
+
+def test_a_checkpoint_has_the_same_files_and_numbers_whoever_wrote_it(one, ranked):
+    folders = [run / "ckpt/step_00000002" for run in (one["sft"], ranked["sft", 2], ranked["sft", 3])]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1] == names[2] and "optimizer.safetensors" in names[0]
+    states = [load_file(folder / "optimizer.safetensors") for folder in folders]
+    for state in states[1:]:
+        assert apart(state, states[0]) < CLOSE
+    assert max(v.abs().max() for k, v in states[0].items() if k.endswith(".exp_avg")) > 1e-3
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, "moments_lost"])
+def test_twin(one, ranked, broken):
+    assert distance(ranked[broken, 2], one[BROKEN.get(broken, "sft")]) > 10 * CLOSE
+
+
+def test_bad_input_is_told_by_every_rank_and_nothing_is_touched(tiny, tmp_path):
+    """Options of one rank, or of one folder per rank; each error is raised by both ranks."""
+    both = [tmp_path / "0", tmp_path / "1"]
+    for folder, data in zip(both, ("data", "shuffled")):
+        folder.mkdir()
+        (folder / "data").symlink_to(tiny.root / data)
+    out = tmp_path / "run"
+    jobs = [
+        job(tiny, "sft", out, batch_size=1),
+        job(tiny, "rloo", out, batch_size=2, episodes=4),
+        job(tiny, "sft", out, folders=both, data_dir="data"),
+        job(tiny, "sft", out, "other_code"),
+        job(tiny, "sft", "run", folders=both),
+        job(tiny, "sft", out, device="cpu", seed=3),
+        {"script": "share", "model": str(tiny.root / "policy")},
+    ]
+    errors = run_jobs(2, jobs, tmp_path / "jobs.json")
+    few = "2 ranks share the 1 prompts of an optimizer step: each needs one; start fewer"
+    assert errors[0].startswith(few) and errors[1].startswith(few)
+    assert errors[2] == "rank 1 has another model or data than rank 0: all ranks need the same"
+    assert errors[3] == "rank 1 has another version of the code than rank 0: all ranks need the same"
+    assert errors[4].startswith(f"rank 1 does not see {both[0]}, where rank 0 writes: --out_dir has to be on")
+    assert errors[5] == ""
+    assert 0.5 <= float(errors[6]) < 0.55  # the layer norms of this tiny model are 1 % of it
+    assert [sorted(path.name for path in folder.iterdir()) for folder in both] == [["data"], ["data"]]
+
+
+def test_one_process_loads_nothing_of_it():
+    code = """
+import sys
+import train_rloo
+from rlhf import dist
+assert not dist.LAUNCHED and not hasattr(dist, "fully_shard")
+loaded = {".".join(name.split(".")[:3]) for name in sys.modules}
+assert not loaded & {"torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.run"}
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=environment, check=True)
