@@ -84,13 +84,26 @@ def test_kills_with_changing_numbers_of_ranks(tiny, expected, tmp_path):
 
 
 def test_a_rank_that_hangs_is_told_at_the_timeout(tiny, tmp_path):
-    """Dealt unevenly, one rank has a micro-batch more and waits for the others."""
-    jobs = [job(tiny, "dpo", tmp_path / "run", "uneven_deal", micro_batch_tokens=1, rank_timeout=4.0)]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    run = tmp_path / "run"
+    process = start(2, *command(tiny, run, rank_timeout=5.0))
+    wait_for(run, 1, process)
+    stopped, waiting = ranks_of(process.pid)
+    os.kill(stopped, signal.SIGSTOP)
     began = time.time()
+    while waiting in ranks_of(process.pid) and time.time() - began < 60:
+        time.sleep(0.1)
+    os.kill(stopped, signal.SIGKILL)  # torchrun would wait half a minute for it
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.time() - began > 5
+    assert "waited for another rank until the timeout (--rank_timeout): does one hang?" in said
+
+
+def test_an_uneven_deal_does_not_pass(tiny, tmp_path):
+    """The twin of every run in test_dist.py: one rank has a micro-batch more than the others."""
+    jobs = [job(tiny, "dpo", tmp_path / "run", "uneven_deal", micro_batch_tokens=1, rank_timeout=5.0)]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = torchrun(2, str(HERE / "ranks.py"), str(tmp_path / "jobs.json"), timeout=100)
-    assert done.returncode == 1 and time.time() - began < 60
-    assert "waited for another rank until the timeout (--rank_timeout): does one hang?" in done.stderr
+    assert done.returncode == 1 and not (tmp_path / "run/result.json").exists()
 
 
 def test_other_scripts_refuse_ranks(tmp_path):
