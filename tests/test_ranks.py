@@ -16,7 +16,7 @@ from tiny import distance, log
 import train_rloo
 
 KILLS = int(os.environ.get("KILLS", 3))
-SLOW = dict(batch_size=10, episodes=120, save_every=1, keep=2, schedule="constant")
+SLOW = dict(batch_size=10, episodes=80, save_every=1, keep=2, schedule="constant")
 
 
 def command(tiny, out: Path, **changes) -> list[str]:
@@ -75,10 +75,10 @@ def test_kills_with_changing_numbers_of_ranks(tiny, expected, tmp_path):
         os.kill(draw.choice(victims), signal.SIGKILL)
         killed = time.time()
         process.wait(timeout=60)
-        assert time.time() - killed < 30  # a loaded machine; alone 1 to 6 s
+        assert time.time() - killed < 30  # on a loaded machine; else 1 to 6 s
     ended = start(2, *command(tiny, run, resume=True))
-    said = ended.communicate(timeout=200)
-    assert ended.returncode == 0, said[1][-2000:]
+    _, said = ended.communicate(timeout=300)
+    assert ended.returncode == 0, [line for line in said.splitlines() if "rror" in line]
     assert [line["step"] for line in log(run)] == [line["step"] for line in log(expected)]
     assert distance(run, expected) < CLOSE
 
