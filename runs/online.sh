@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=1
     --loss_on=response --max_grad_norm=1
 reward_model() {
     [ -e $out/$1/result.json ] || echo "python train_rm.py --resume --data_dir=$out/data --model=$out/sft" \
-        "--out_dir=$out/$1 --seed=$2 --lr=1.5e-3 --warmup=0.05 --batch_size=32 --train_rows=20000 --center_rows=500"
+        "--out_dir=$out/$1 --seed=$2 --lr=1.5e-3 --warmup=0.15 --max_grad_norm=0.5 --batch_size=32 --epochs=2 --train_rows=20000 --center_rows=500"
 }
 (reward_model rm 1; reward_model rm_2 2; reward_model rm_3 3) | xargs -I{} -P $jobs bash -c '{} > /dev/null'
 [ -e $out/rm_average/config.json ] || python average.py --models=$out/rm,$out/rm_2,$out/rm_3 \

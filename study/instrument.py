@@ -55,7 +55,8 @@ OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "O
 # The demo's settings
 SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response"
 SFT += " --max_grad_norm=1"
-RM = "--lr=1.5e-3 --warmup=0.05 --batch_size=32 --train_rows=20000 --center_rows=500"
+RM = "--lr=1.5e-3 --warmup=0.15 --max_grad_norm=0.5 --batch_size=32 --epochs=2"
+RM += " --train_rows=20000 --center_rows=500"
 RLOO = "--k=4 --batch_size=64 --episodes=9600 --ppo_epochs=1 --lr=2e-4 --schedule=constant"
 RLOO += " --temperature=0.7"
 REWARDS = {"kl": "kl:0.1", "free": "kl:0 --save_every=30 --keep=0", "maxent": "maxent_length:0.1"}
