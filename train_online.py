@@ -230,7 +230,8 @@ def main(cfg: Config) -> dict:
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     if cfg.scorer == "gold" and not true_reward:
-        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
+        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}: "
+                        "give --reward_model")
     data = read_prompts(cfg, bool(true_reward))
     columns = ["query_token", "facts"] if true_reward else ["query_token"]
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)

@@ -76,7 +76,7 @@ def hush() -> None:
 def last_word(message: str) -> None:
     """An error, of the first rank that has one: torchrun ends the others at once."""
     if not FIRST:
-        time.sleep(3)  # where all have the same error, the first rank tells it
+        time.sleep(10)  # where all have the same error, the first rank tells it
     print(message, file=sys.__stderr__ if not FIRST else sys.stderr, flush=True)
     if LAUNCHED:
         sys.stdout.flush()

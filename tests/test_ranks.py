@@ -16,7 +16,7 @@ from tiny import distance, log
 import train_rloo
 
 KILLS = int(os.environ.get("KILLS", 3))
-SLOW = dict(batch_size=10, episodes=120, save_every=1, keep=2, schedule="constant")
+SLOW = dict(batch_size=10, episodes=80, save_every=1, keep=2, schedule="constant")
 
 
 def command(tiny, out: Path, **changes) -> list[str]:
@@ -75,22 +75,35 @@ def test_kills_with_changing_numbers_of_ranks(tiny, expected, tmp_path):
         os.kill(draw.choice(victims), signal.SIGKILL)
         killed = time.time()
         process.wait(timeout=60)
-        assert time.time() - killed < 30  # a loaded machine; alone 1 to 6 s
+        assert time.time() - killed < 30  # on a loaded machine; else 1 to 6 s
     ended = start(2, *command(tiny, run, resume=True))
-    said = ended.communicate(timeout=200)
-    assert ended.returncode == 0, said[1][-2000:]
+    _, said = ended.communicate(timeout=300)
+    assert ended.returncode == 0, [line for line in said.splitlines() if "rror" in line]
     assert [line["step"] for line in log(run)] == [line["step"] for line in log(expected)]
     assert distance(run, expected) < CLOSE
 
 
 def test_a_rank_that_hangs_is_told_at_the_timeout(tiny, tmp_path):
-    """Dealt unevenly, one rank has a micro-batch more and waits for the others."""
-    jobs = [job(tiny, "dpo", tmp_path / "run", "uneven_deal", micro_batch_tokens=1, rank_timeout=4.0)]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    run = tmp_path / "run"
+    process = start(2, *command(tiny, run, rank_timeout=5.0))
+    wait_for(run, 1, process)
+    stopped, waiting = ranks_of(process.pid)
+    os.kill(stopped, signal.SIGSTOP)
     began = time.time()
+    while waiting in ranks_of(process.pid) and time.time() - began < 60:
+        time.sleep(0.1)
+    os.kill(stopped, signal.SIGKILL)  # torchrun would wait half a minute for it
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.time() - began > 5
+    assert "waited for another rank until the timeout (--rank_timeout): does one hang?" in said
+
+
+def test_an_uneven_deal_does_not_pass(tiny, tmp_path):
+    """The twin of every run in test_dist.py: one rank has a micro-batch more than the others."""
+    jobs = [job(tiny, "dpo", tmp_path / "run", "uneven_deal", micro_batch_tokens=1, rank_timeout=5.0)]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = torchrun(2, str(HERE / "ranks.py"), str(tmp_path / "jobs.json"), timeout=100)
-    assert done.returncode == 1 and time.time() - began < 60
-    assert "waited for another rank until the timeout (--rank_timeout): does one hang?" in done.stderr
+    assert done.returncode == 1 and not (tmp_path / "run/result.json").exists()
 
 
 def test_other_scripts_refuse_ranks(tmp_path):
