@@ -56,10 +56,11 @@ MISSING_EOS = dict(missing_eos="subtract", missing_eos_penalty=3.0)
 MIX = dict(reward_mix=dict(reward_model="{world}/rm,{world}/other_rm", reward_mix="min"))
 REWARD = MISSING_EOS | MIX | dict(
     reward="kl+maxent:0.1", invalid_logprob_fill=1.0, attached=dict(attached=True, ppo_epochs=1),
-    entropy_target=5.0, entropy_rate=dict(entropy_target=5.0, entropy_rate=0.5), score_after="a",
+    entropy_target=dict(entropy_target=5.0, entropy_rate=0.2), score_after="a",
+    entropy_rate=dict(entropy_target=5.0, entropy_rate=0.5),
 )
 ROLLOUT = dict(rollout="adaptive", reset_share=dict(rollout="reset", reset_share=0.9))
-ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.02)
+ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
 RATIO = dict(policy_loss="token")
 SAMPLING = dict(temperature=1.0, top_p=0.5)
 PPO = dict(
@@ -91,11 +92,11 @@ CHANGES_THE_NUMBERS = {
     train_sft: dict(eval_rows=3, eval_every=2),
     train_rm: dict(eval_rows=3),
     train_simpo: dict(eval_rows=3, eval_every=2),
-    train_rloo: dict(eval_rows=3),
+    train_rloo: dict(eval_rows=6),
     train_ppo: dict(eval_rows=3),
     train_online: dict(eval_rows=3),
     sample: OTHER_MODEL | OTHER_REWARD_MODEL | dict(
-        rows=6, k=6, temperature=0.7, top_p=0.5, response_tokens=8, select="best", scorer="gold", beta=5.0,
+        rows=6, k=6, temperature=0.7, top_p=0.5, response_tokens=8, select="best", scorer="gold", beta=0.01,
         accept=4, gap=dict(select="gap", gap=0.1)),
     evaluate: OTHER_MODEL | OTHER_REFERENCE | OTHER_REWARD_MODEL | SAMPLING | dict(
         split="test", n=3, response_tokens=8, sample_temperature=0.5, judge="rm",
@@ -204,7 +205,7 @@ def test_micro_batches(tiny, script):
     with forward_calls() as few:
         usual = tiny.fresh(script)
     with forward_calls() as many:
-        run = tiny.fresh(script, micro_batch_tokens=150)
+        run = tiny.fresh(script, micro_batch_tokens=60)
     assert many[NeoX.__name__] > few[NeoX.__name__]
     assert_same(script, run, usual)
 

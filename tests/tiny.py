@@ -49,8 +49,8 @@ def base(script: ModuleType) -> dict:
     reference = dict(ref_model="{world}/reference")
     reward_model = dict(reward_model="{world}/rm")
     judged = dict(judge="gold", temperature=0.7, agreement="pairs_validation")
-    rloo = dict(reward="kl:0.05+maxent_length:0.1", k=2, batch_size=8, episodes=16, ppo_epochs=2, clip=0.1,
-                samples_every=0)
+    rloo = dict(reward="kl:0.05+maxent_length:0.1", lr=0.03, k=2, batch_size=8, episodes=16, ppo_epochs=2,
+                clip=0.1, samples_every=0)
     pairs = dict(loss="dpo", beta=0.1, missing_eos="subtract")
     ppo = dict(kl_coef=0.05, k=2, batch_size=8, episodes=24, ppo_epochs=2, clip=0.1, vf_coef=3.0,
                missing_eos="subtract")
@@ -77,7 +77,7 @@ def random_model(vocab_size: int, head: str, seed: int) -> NeoX:
             p.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.5, generator=generator)
         if head == "embed_out":
             bias = model.gpt_neox.final_layer_norm.bias  # part of every hidden state
-            for token, logit in ((EOS, 7.0), (PAD, -20.0)):
+            for token, logit in ((EOS, 5.5), (PAD, -20.0)):
                 model.embed_out.weight[token] = bias * (logit / bias.square().sum())
     return model
 
