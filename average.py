@@ -31,7 +31,7 @@ class Config:
 def add(total: NeoX, model: NeoX, name: str) -> None:
     shapes = {key: value.shape for key, value in model.named_parameters()}
     if shapes != {key: value.shape for key, value in total.named_parameters()}:
-        raise UserError(f"--models: {name} has another architecture than the first: no mean of their weights")
+        raise UserError(f"--models: {name} has another architecture than the first: leave it out")
     for own, other in zip(total.parameters(), model.parameters()):
         own += other
 
@@ -56,7 +56,7 @@ def main(cfg: Config) -> dict:
     total = from_pretrained(names[0], revision=cfg.revision, head=head)
     for name in names[1:]:
         if load_tokenizer(name, cfg.revision).get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"--models: {name} has another tokenizer than {names[0]}")
+            raise UserError(f"--models: {name} has another tokenizer than {names[0]}: leave it out")
         add(total, from_pretrained(name, revision=cfg.revision, head=head), name)
     for weight in total.parameters():
         weight /= len(names)

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pyarrow as pa
@@ -40,7 +41,7 @@ from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import check_tables, read_meta
 from rlhf.dist import on_first
 from rlhf.files import fingerprint, identity, write_file
-from rlhf.model import NeoX
+from rlhf.model import NeoX, NeoXConfig
 from rlhf.out_dir import check_same, enter, forget_replaced
 from rlhf.pretrained import load_tokenizer, read_json, resolve
 from rlhf.summaries import ROUGE_HINT, Post, Summary, human_summaries, read_posts
@@ -135,14 +136,21 @@ def find_checkpoints(text: str) -> dict[str, str]:
         elif paths := matches(part):
             found += paths
         else:
-            raise UserError(f"--model={part}: no directory matches")
+            raise UserError(f"--model={part}: no directory matches; a run has its checkpoints in ckpt/step_*")
     if not found:
         raise UserError(f"--model={text}: names no model")
     parts = [Path(path).parts for path in found]
     if len(set(parts)) < len(parts):
-        raise UserError(f"--model={text}: names the same model twice")
+        raise UserError(f"--model={text}: names the same model twice: name it once")
     tail = next(k for k in range(1, 99) if len({p[-k:] for p in parts}) == len(parts))
     return {"-".join(p[-tail:]).strip("/.-") or "model": path for p, path in zip(parts, found)}
+
+
+def unloaded(cfg: Config, *paths: str) -> list:
+    """What `check_tables` asks of models, before they are loaded: their config."""
+    folders = [resolve(path, cfg.revision) for path in paths if path]
+    raw = [read_json(folder / "config.json") for folder in folders]
+    return [SimpleNamespace(config=NeoXConfig.from_dict(content)) for content in raw]
 
 
 def sources_of(cfg: Config, path: str) -> dict[str, dict | str]:
@@ -285,16 +293,18 @@ def main(cfg: Config) -> dict:
     began = time.time()
     check(cfg)
     device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
+    meta = read_meta(cfg.data_dir)
     checkpoints = find_checkpoints(cfg.model)
     sweep = len(checkpoints) > 1 or bool(PATTERN.search(cfg.model))
     for path in checkpoints.values():
         resolve(path, cfg.revision)  # a wrong name is told before anything is written
     inputs = [*checkpoints.values(), cfg.judge_cache, cfg.judge_template]
     about = check_same(cfg, *inputs, may_change=MAY_CHANGE, go_on=sweep)
-    meta = read_meta(cfg.data_dir)
     R = cfg.response_tokens or meta["response_tokens"]
-    uses = [(f"sft_{cfg.split}", cfg.n, 0), (cfg.agreement, cfg.agreement_rows, 0)]
-    check_tables(cfg.data_dir, [], *uses[: 1 + bool(cfg.agreement)])
+    read = [(f"sft_{cfg.split}", cfg.n, 0), (cfg.agreement, cfg.agreement_rows, 0)]
+    check_tables(cfg.data_dir, unloaded(cfg, cfg.reward_model), *read[: 1 + bool(cfg.agreement)])
+    sampling = unloaded(cfg, *checkpoints.values(), cfg.ref_model, cfg.reward_model)
+    check_tables(cfg.data_dir, sampling, (f"sft_{cfg.split}", cfg.n, R))
     columns = ["reference_response", "reference_response_token"]
     posts, table = read_posts(cfg.data_dir, f"sft_{cfg.split}", columns, cfg.n)
     references = human_summaries(*(table[column] for column in columns))

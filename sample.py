@@ -175,8 +175,10 @@ def write_tables(cfg: Config, parts: list[dict], tokenizer: Tokenizer, out: Path
     wanted = {"best": [sft], "own": [sft], "rso": [pairs], "gap": [sft, pairs]}[cfg.select]
     if not all(wanted):
         empty = "sft_train" if wanted[0] is sft and not sft else "pairs_train"
-        raise UserError(f"nothing was selected for {empty}: change --gap, --k, --rows or --temperature, and "
-                        "--overwrite")
+        counts = sum((Counter(part["counts"]) for part in parts), Counter())
+        found = ", ".join(f"{number} {name}" for name, number in counts.items())
+        raise UserError(f"nothing was selected for {empty} (prompts: {found}): change --gap, --k, --rows, "
+                        "--temperature or --response_tokens, and --overwrite")
     written = {}
     if cfg.select != "rso":
         written["sft_train"] = table.take([row for row, _ in sft])
@@ -217,7 +219,8 @@ def main(cfg: Config) -> dict:
     R = cfg.response_tokens or meta["response_tokens"]  # longest response
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     if cfg.scorer == "gold" and not true_reward:
-        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
+        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}: "
+                        "give --reward_model")
     out = Path(cfg.out_dir)
     sampled = out / "parts.jsonl"  # one line for each generation call; gone when the tables are there
     about = check_same(cfg, may_change=MAY_CHANGE)

@@ -35,7 +35,7 @@ from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, read_meta, read_table
 from rlhf.dist import deal, gather
 from rlhf.forward import TokenStats, token_stats
-from rlhf.generate import generate_all
+from rlhf.generate import check_vocabularies, generate_all
 from rlhf.groups import micro_batches, pack
 from rlhf.losses import RANKED, describe, extras, loss_options
 from rlhf.masked import seq_logprobs
@@ -230,7 +230,8 @@ def main(cfg: Config) -> dict:
     total = ceil(cfg.episodes / cfg.batch_size)
     true_reward = gold(cfg.data_dir)  # known in the toy world only
     if cfg.scorer == "gold" and not true_reward:
-        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}")
+        raise UserError(f"--scorer=gold: nobody knows the true reward of {cfg.data_dir}: "
+                        "give --reward_model")
     data = read_prompts(cfg, bool(true_reward))
     columns = ["query_token", "facts"] if true_reward else ["query_token"]
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
@@ -240,6 +241,8 @@ def main(cfg: Config) -> dict:
 
     models = load_models(cfg, device)
     policy, reference, *reward_models = models
+    if cfg.mixture or cfg.opponent:
+        check_vocabularies([policy, reference])
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = min(model.config.max_position_embeddings for model in models)
     uses = [("pairs_train", 0, 0), ("pairs_train", 0, R)] if cfg.data_pair else [("sft_train", 0, R)]

@@ -122,7 +122,7 @@ def main(cfg: Config) -> dict:
     total = int(rows * cfg.epochs / cfg.batch_size)  # the last incomplete batch is dropped
     if total < 1:
         raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} pairs x {cfg.epochs} epochs: "
-                        "no update to make")
+                        "no update to make; lower --batch_size or raise --epochs")
     if cfg.center and not has_column(cfg.data_dir, "sft_train", "reference_response_token"):
         raise UserError(f"{cfg.data_dir}: no table sft_train with responses, whose mean reward is to become "
                         "0: give --center=false, then the rewards keep their offset")

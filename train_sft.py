@@ -98,7 +98,7 @@ def main(cfg: Config) -> dict:
     there = column_names(cfg.data_dir, "sft_train")
     if there and TARGET not in there:
         raise UserError(f"{cfg.data_dir}: its prompts have no responses, so there is nothing to learn: "
-                        "prepare rows with a response (of all scripts only train_rloo.py needs none)")
+                        "prepare rows with a response (train_rloo.py, train_ppo.py and others need none)")
     columns = ["query_token", TARGET]
     train = read_table(cfg.data_dir, "sft_train", columns, cfg.train_rows)
     valid = read_table(cfg.data_dir, "sft_validation", columns, cfg.eval_rows)
@@ -106,7 +106,7 @@ def main(cfg: Config) -> dict:
     total = int(rows * cfg.epochs / cfg.batch_size)  # the last incomplete batch is dropped
     if total < 1:
         raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} rows x {cfg.epochs} epochs: "
-                        "no update to make")
+                        "no update to make; lower --batch_size or raise --epochs")
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()

@@ -175,7 +175,7 @@ def main(cfg: Config) -> dict:
     total = int(rows * cfg.epochs / cfg.batch_size)  # the last incomplete batch is dropped
     if total < 1:
         raise UserError(f"--batch_size={cfg.batch_size} is more than {rows} rows x {cfg.epochs} epochs: "
-                        "no update to make")
+                        "no update to make; lower --batch_size or raise --epochs")
     out = Run(cfg, total)
     if out.finished:
         return out.earlier_result()

@@ -68,18 +68,15 @@ def text(row: dict, column: str) -> str:
     """Raises UserError for what is no text, or an empty one."""
     found = value(row, column, str)
     if not found.strip():
-        raise UserError(f"{row['where']}: column {column!r} is empty")
-    try:
-        found.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{row['where']}: column {column!r} is no valid text ({error})") from error
+        raise UserError(f"{row['where']}: column {column!r} is empty: mend the row, or take it out")
     return found
 
 
 def read_row(row: dict, kind: str) -> dict:
     """{id, query, texts, and the NOTES that there are}; texts best first."""
     if (own := kind_of(row)) != kind:
-        raise UserError(f"{row['where']}: a row of the kind {own!r} in a file that began with {kind!r}")
+        raise UserError(f"{row['where']}: a row of the kind {own!r} in a file that began with {kind!r}: "
+                        "give each kind a file of its own")
     columns = KINDS[kind]
     if kind == "rankings":
         number = len(value(row, "responses", list))
@@ -102,7 +99,7 @@ def read_kinds(files: str) -> dict[str, list[dict]]:
     for name in files.split(","):
         path = Path(name)
         if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
-            raise UserError(f"{name}: no .jsonl or .parquet file")
+            raise UserError(f"{name}: no such file, or its name ends neither in .jsonl nor in .parquet")
         kind = columns = None
         for row in read_rows([path], f"reading {path.name}"):
             kind = kind or kind_of(row)
@@ -110,10 +107,12 @@ def read_kinds(files: str) -> dict[str, list[dict]]:
             columns = columns or found.keys()
             if found.keys() != columns:
                 other = ", ".join(sorted(found.keys() ^ columns))
-                raise UserError(f"{row['where']}: column {other} is in some rows of the file only")
+                raise UserError(f"{row['where']}: column {other} is in some rows of the file only: "
+                                "it has to be in all or in none")
             if kinds[kind] and len(found["texts"]) != len(first := kinds[kind][0]["texts"]):
                 number = len(found["texts"])
-                raise UserError(f"{row['where']}: {number} responses, the rows before have {len(first)}")
+                raise UserError(f"{row['where']}: {number} responses, the rows before have {len(first)}; "
+                                "every row needs the same number")
             kinds[kind].append(found)
     given = [kind for kind, rows in kinds.items() if rows]
     if "prompts" in given and len(given) > 1:
@@ -129,7 +128,8 @@ def hold_out(kinds: dict[str, list[dict]], share: float, seed: int) -> tuple[dic
     prompts = {row["query"] for rows in kinds.values() for row in rows}
     number = max(1, round(share * len(prompts)))
     if len(prompts) <= number:
-        raise UserError(f"{len(prompts)} different prompts: too few to hold out {number} of them")
+        raise UserError(f"{len(prompts)} different prompts: too few to hold out {number} of them: "
+                        "add prompts, or name a file in --validation")
     order = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest())
     held = set(order[:number])
     train = {kind: [row for row in rows if row["query"] not in held] for kind, rows in kinds.items()}
@@ -214,7 +214,8 @@ def main(cfg: Config) -> None:
         found = ", ".join(f"{key} {number}" for key, number in counted[name].items())
         print(f"{name:18} {found}")
         if not tables[name]:
-            raise UserError(f"{name}: none of {len(rows)} rows is left ({found})")
+            raise UserError(f"{name}: none of {len(rows)} rows is left ({found}): raise --prompt_tokens "
+                            "or --response_tokens, or add rows")
     print(f"dropped: long_prompts, of more than {cfg.prompt_tokens} tokens (--prompt_tokens); "
           f"long_responses, of more than {cfg.response_tokens} with EOS (--response_tokens); "
           "ties, of two equal responses")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from rlhf.config import UserError
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1 in every prepared data directory
+KINDS = {str: "a text", int: "a whole number", list: "a list"}
 CHUNK = 1024  # rows that are read, tokenised and written as a row group at a time
 
 
@@ -26,11 +27,13 @@ def read_rows(files: list[Path], title: str) -> Iterator[dict]:
                 rows, total = open_rows(file, data)
                 bar = tqdm(rows, title, total, unit=" rows", mininterval=1)
                 for number, row in enumerate(bar, 1):
+                    if not isinstance(row, dict):
+                        raise TypeError("expected one JSON object, {...}, per line")
                     yield {**row, "where": f"{file}, row {number}"}
-        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file}, row {number + 1}: cannot be read: {error}") from error
         if not number:
-            raise UserError(f"{file}: no rows")
+            raise UserError(f"{file}: the file is empty")
 
 
 def open_rows(file: Path, data) -> tuple[Iterator[dict], int | None]:
@@ -39,7 +42,7 @@ def open_rows(file: Path, data) -> tuple[Iterator[dict], int | None]:
         table = pq.ParquetFile(data)
         rows = (row for batch in table.iter_batches(CHUNK) for row in batch.to_pylist())
         return rows, table.metadata.num_rows
-    return map(dict, map(json.loads, data)), None
+    return map(json.loads, data), None
 
 
 def value(row: dict, column: str, kind: type, default: str | int | None = None):
@@ -51,13 +54,21 @@ def value(row: dict, column: str, kind: type, default: str | int | None = None):
         if not isinstance(item, dict) or key not in item:
             if default is not None:
                 return default
-            raise UserError(f"{row['where']}: no column {column!r}")
+            there = ", ".join(key for key in row if key != "where") or "none"
+            raise UserError(f"{row['where']}: no column {column!r} (columns there: {there})")
         item = item[key]
     if item is None and default is not None:
         return default
     if not isinstance(item, kind):
         shown = "null" if item is None else repr(str(item)[:40])
-        raise UserError(f"{row['where']}: column {column!r} is {shown}, which is no {kind.__name__}")
+        raise UserError(f"{row['where']}: column {column!r} is {shown}, expected {KINDS[kind]}: mend the "
+                        "row, or take it out")
+    if kind is str:
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{row['where']}: column {column!r} is no valid text ({error}): mend the "
+                            "row, or take it out") from error
     return item
 
 
@@ -78,7 +89,8 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, bytes]:
     for token, index in ((EOS, 0), (PAD, 1)):
         found = tokenizer.token_to_id(token)
         if found != index:
-            raise UserError(f"--tokenizer {name}: {token} must have id {index}, it has {found}")
+            raise UserError(f"--tokenizer {name}: {token} must have id {index}, it has {found}: only "
+                            "tokenizers of Pythia and GPT-NeoX are supported")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # what people wrote is text

@@ -108,7 +108,8 @@ def make_prompts(tokenizer: Tokenizer, rows: list[dict]) -> tuple[list[str], lis
             name = templates[i].field
             if not fields[i][name]:
                 raise UserError(f"{rows[i]['where']}: column {name!r} is cut to nothing, and still the "
-                                f"prompt has more than {templates[i].limit} tokens")
+                                f"prompt has more than {templates[i].limit} tokens: raise "
+                                "--max_prompt_tokens, or take the row out")
             fields[i][name] = cut(fields[i][name], most[i])
         for i, tokens in zip(too_long, encoded(too_long)):
             ids[i] = tokens

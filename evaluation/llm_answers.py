@@ -137,10 +137,10 @@ class Budget:
         cost += self.cost
         if self.max_requests and requests > self.max_requests:
             raise UserError(f"the judge would be asked {requests} times, --judge_max_requests is "
-                            f"{self.max_requests}; nothing was asked")
+                            f"{self.max_requests}; nothing was asked: raise it, or lower --n")
         if cost > self.max_cost:
             raise UserError(f"the judge could cost ${cost:.2f}, --judge_max_cost is ${self.max_cost:.2f}; "
-                            "nothing was asked")
+                            "nothing was asked: raise it, or lower --n")
 
     def take(self, tokens_in: int, tokens_out: int) -> float:
         """Before each request, the repeated ones too: reserves what it can cost at most."""
@@ -148,10 +148,11 @@ class Budget:
         with self.lock:
             if self.max_requests and self.requests >= self.max_requests:
                 raise RunError(f"stopped at --judge_max_requests={self.max_requests} (repeated requests "
-                               "count); all answers are kept")
+                               "count); all answers are kept: raise it and run the command again")
             if self.cost + most > self.max_cost:
                 raise RunError(f"stopped before --judge_max_cost=${self.max_cost:.2f} "
-                               f"(${self.cost:.2f} spent or reserved)")
+                               f"(${self.cost:.2f} spent or reserved); all answers are kept: raise it and "
+                               "run the command again")
             self.requests += 1
             self.cost += most
         return most

@@ -257,7 +257,8 @@ class LLMJudge:
         if code == 429:
             raise RunError(f"judge {self.model}: no quota left ({text}). All answers are in "
                            f"{self.cache.path}: run it again")
-        raise UserError(f"judge {self.model} at {self.url}: {text}")
+        raise UserError(f"judge {self.model} at {self.url}: {text}; are --judge_model, --judge_url and "
+                        f"the key in {KEY} right?")
 
     def clean(self, error: Exception) -> str:
         return self.without_key(" ".join(f"{type(error).__name__}: {error}".split()))[:300]

@@ -12,7 +12,6 @@ import torch
 
 from evaluation.statistics import by_length, length_controlled, position_bias, win_rate
 from rlhf.common import frozen, load_model
-from rlhf.data import check_tables
 from rlhf.dist import deal, gather
 from rlhf.forward import token_stats
 from rlhf.generate import generate_all
@@ -61,7 +60,6 @@ def summarise(
         path, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype
     ))
     tokenizer = load_tokenizer(path, cfg.revision)
-    check_tables(cfg.data_dir, [model], (f"sft_{cfg.split}", cfg.n, R))
     prompts = [post.query_token for post in posts]
 
     def sample(temperature: float, top_p: float, seed: int, name: str):

@@ -43,7 +43,7 @@ def restore(
             generator.set_state(state["generator"])
         except (RuntimeError, KeyError) as error:  # a CPU's and a GPU's generators have nothing in common
             raise UserError(f"{newest} was written on another kind of device: its samples cannot be "
-                            f"continued on {generator.device}") from error
+                            f"continued on {generator.device}; give the --device of its start") from error
     return int(state["step"])
 
 

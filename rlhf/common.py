@@ -28,7 +28,8 @@ def setup(seed: int, device: str, plain: bool = False, rank_timeout: float = 600
     try:
         chosen = torch.empty(1, device=device).device  # with its number: cuda is cuda:0
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={device}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={device}: {reason}; --device=cpu is always there") from error
     torch.manual_seed(seed)
     paths.plain = plain
     if chosen.type == "cuda":
@@ -118,7 +119,8 @@ def optimizer_step(
     norm = math.hypot(*norms)
     if not math.isfinite(norm) or not math.isfinite(loss):
         raise RunError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. The weights were not "
-                       "updated; lower --lr or resume an earlier checkpoint")
+                       "updated, and --resume would come here again: start anew with a lower --lr or with "
+                       "--max_grad_norm=1, or go on from a checkpoint of it with --model=.../ckpt/step_N")
     for kind in by_kind(learnt) if max_grad_norm else []:
         nn.utils.clip_grads_with_norm_(kind, max_grad_norm, torch.tensor(norm, device=kind[0].device))
     optimizer.step()

@@ -231,7 +231,9 @@ def command_line(main, cls: type, epilog: str = "") -> None:
     except UserError as error:
         stop(f"error: {error}", 2)
     except (RunError, OSError, SafetensorError, pa.ArrowException, MemoryError) as error:
-        stop(f"error: {error or type(error).__name__}", 1)
+        full = re.search("No space left|os error 28|Disk quota", str(error))
+        hint = "; make room and run it again (with --resume where the script has it)" if full else ""
+        stop(f"error: {error or type(error).__name__}{hint}", 1)
     except RuntimeError as error:
         if said := dist.lost(error):
             stop(f"error: {said}", 1)
@@ -242,7 +244,7 @@ def command_line(main, cls: type, epilog: str = "") -> None:
         stop("error: out of memory: lower --micro_batch_tokens, --rollout_prompts or --eval_rows; "
              "a run goes on with --resume", 1)
     except KeyboardInterrupt:
-        stop("interrupted; continue with --resume", 130)
+        stop("interrupted; a run goes on with --resume", 130)
 
 
 def stop(message: str, code: int) -> typing.NoReturn:

@@ -1,6 +1,7 @@
 """Prepared data (written by data/tldr.py or data/toy.py) -> tables and batches. A data directory holds
 parquet tables, meta.json and tokenizer.json."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from rlhf.pretrained import read_json, read_tokenizer
 def read_meta(data_dir: str) -> dict:
     path = Path(data_dir) / "meta.json"
     if not path.exists():
-        raise UserError(f"{data_dir}: no prepared data there (no meta.json). Make it with data/toy.py or "
-                        f"data/tldr.py --out_dir={data_dir}")
+        raise UserError(f"{data_dir}: no prepared data there (no meta.json). Make it with data/jsonl.py "
+                        f"(your own rows), data/tldr.py or data/toy.py --out_dir={data_dir}")
     meta = read_json(path)
     tokens = meta.get("response_tokens")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
@@ -33,27 +34,36 @@ def read_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> 
     return {c: table[c].to_pylist() for c in columns}
 
 
+ROWS = {  # what a table is made of
+    "sft": "a prompt, and a response where something learns from it",
+    "pairs": "prompt, chosen and rejected",
+    "rankings": "a prompt and responses, best first",
+}
+
+
 def open_table(data_dir: str, name: str, columns: list[str], limit: int = 0) -> pa.Table:
     """What `read_table` reads, before it becomes lists."""
     path = Path(data_dir) / f"{name}.parquet"
     if not path.exists():
         have = ", ".join(sorted(p.stem for p in Path(data_dir).glob("*.parquet"))) or "none"
-        raise UserError(f"{path}: no such table (tables there: {have})")
+        raise UserError(f"{path}: no such table (tables there: {have}). It is made of rows with "
+                        f"{ROWS.get(name.split('_')[0], 'a prompt')}: see python data/jsonl.py --help")
     there = column_names(data_dir, name)
     if missing := [c for c in columns if c not in there]:
-        raise UserError(f"{path}: no column {', '.join(missing)} (columns there: {', '.join(there)})")
+        raise UserError(f"{path}: no column {', '.join(missing)} (columns there: {', '.join(there)}): "
+                        "prepare the data again")
     try:
         table = pq.read_table(path, columns=columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
     table = table.slice(0, limit) if limit else table
     if not len(table):
-        raise UserError(f"{path}: the table is empty")
+        raise UserError(f"{path}: the table is empty: prepare the data again, with rows for it")
     return table
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: not a readable parquet file ({error})")
+    return UserError(f"{path}: not a readable parquet file ({error}): prepare the data again")
 
 
 def column_names(data_dir: str, name: str) -> list[str]:
@@ -85,7 +95,8 @@ def check_tokenizer(data_dir: str, tokenizer: Tokenizer, vocab_size: int, model:
         )
     if (last := max(prepared.values())) >= vocab_size:
         raise UserError(
-            f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows"
+            f"{model}: the data has tokens up to {last}, the model's embedding only {vocab_size} rows: "
+            f"prepare the data again with --tokenizer={model}"
         )
 
 
@@ -138,6 +149,11 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
         table = open_table(data_dir, name, [*columns, *texts], rows)
         for column in texts:
             check_texts(path, column, table[column].combine_chunks())
+        if "facts" in there:
+            check_facts(path, table["facts"].to_pylist())
+        elif name.startswith("sft_") and has_column(data_dir, "sft_train", "facts"):
+            raise UserError(f"{path}: no column facts, which sft_train has: the true reward is computed from "
+                            "it; it has to be in both, or in neither")
         tokens = {column: table[column].combine_chunks() for column in columns}
         longest = {column: check_ids(path, column, ids, vocabulary) for column, ids in tokens.items()}
         prompts = longest.pop("query_token")
@@ -147,7 +163,7 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
             raise UserError(
                 f"{path}: row {i} is longer than the model's context ({context}): {prompts[i]} tokens of "
                 f"prompt and {responses[i]} of response; {len(long)} such rows: drop them, or prepare the "
-                "data with shorter prompts"
+                "data with shorter prompts" + ", or lower --response_tokens" * bool(new)
             )
         if "chosen_token" in tokens:
             check_distinct(path, tokens["chosen_token"], tokens["rejected_token"])
@@ -155,9 +171,22 @@ def check_tables(data_dir: str, models: list, *uses: tuple[str, int, int]) -> No
 
 def check_texts(path: Path, column: str, texts: pa.Array) -> None:
     if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-        raise UserError(f"{path}: column {column} is {texts.type}, expected text")
+        raise UserError(f"{path}: column {column} is {texts.type}, expected text: drop or mend it")
     if texts.null_count:
-        raise UserError(f"{path}: row {first(pc.is_null(texts))}: {column} is null")
+        raise UserError(f"{path}: row {first(pc.is_null(texts))}: {column} is null: drop or mend the row")
+
+
+def check_facts(path: Path, rows: list[str]) -> None:
+    """Of the toy world's posts: {"facts": {day: thing, ...}, ...}."""
+    for i, row in enumerate(rows):
+        try:
+            facts = json.loads(row)["facts"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            facts = None
+        if not isinstance(facts, dict) or not facts:
+            raise UserError(f'{path}: row {i}: facts is no JSON object {{"facts": {{day: thing}}}}, from '
+                            "which the toy world's true reward is computed: drop the column, or prepare the "
+                            "data again with data/toy.py")
 
 
 def check_ids(path: Path, column: str, ids: pa.Array, vocabulary: int) -> np.ndarray:
@@ -174,11 +203,12 @@ def check_ids(path: Path, column: str, ids: pa.Array, vocabulary: int) -> np.nda
         ids = pc.list_flatten(ids)
     check_lists(path, column, ids, rows)
     if not pa.types.is_integer(ids.type.value_type):
-        raise UserError(f"{path}: column {column} holds {ids.type.value_type}, expected token ids (integers)")
+        raise UserError(f"{path}: column {column} holds {ids.type.value_type}, expected token ids "
+                        "(integers): prepare the data again")
     length = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
     if len(empty := np.flatnonzero(length == 0)):
         raise UserError(f"{path}: row {rows[empty[0]]}: {column} has no tokens "
-                        "(a response has at least its EOS)")
+                        "(a response has at least its EOS): drop or mend the row")
     flat = pc.list_flatten(ids)
     if flat.null_count:
         bad = first(pc.is_null(flat))
@@ -187,16 +217,19 @@ def check_ids(path: Path, column: str, ids: pa.Array, vocabulary: int) -> np.nda
     if bad >= 0:
         row = rows[np.searchsorted(length.cumsum(), bad, side="right")]
         raise UserError(f"{path}: row {row}: {column} has the id {flat[bad].as_py()}; "
-                        f"the model has embeddings for 0 to {vocabulary - 1}")
+                        f"the model has embeddings for 0 to {vocabulary - 1}: prepare the data again with "
+                        "its --tokenizer")
     return length.reshape(-1, count[0]).max(1) if ranked else length
 
 
 def check_lists(path: Path, column: str, lists: pa.Array, rows: np.ndarray) -> None:
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(kind(lists.type) for kind in kinds):
-        raise UserError(f"{path}: column {column} is {lists.type}, expected lists of token ids")
+        raise UserError(f"{path}: column {column} is {lists.type}, expected lists of token ids: "
+                        "prepare the data again")
     if lists.null_count:
-        raise UserError(f"{path}: row {rows[first(pc.is_null(lists))]}: {column} is null")
+        raise UserError(f"{path}: row {rows[first(pc.is_null(lists))]}: {column} is null: "
+                        "drop or mend the row")
 
 
 def first(found: pa.Array) -> int:

@@ -190,7 +190,7 @@ def check_vocabularies(models: list[NeoX]) -> None:
     sizes = [m.config.vocab_size for m in models]
     if len(set(sizes)) > 1:
         raise UserError(f"a mixture of models needs one vocabulary: the model has {sizes[0]} tokens, "
-                        f"the reference {sizes[1]}")
+                        f"the reference {sizes[1]}; take models of one, or --mixture=0")
 
 
 class Decoder:
@@ -259,7 +259,7 @@ def make_decoder(
     longest = max(map(len, prompts))
     if longest + R > context:
         raise UserError(f"a prompt of {longest} tokens and {R} new ones are more than the model's context "
-                        f"({context})")
+                        f"({context}): lower --response_tokens, or prepare shorter prompts")
     return Decoder(models, N, K, longest, R, mixture)
 
 

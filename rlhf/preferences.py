@@ -4,6 +4,7 @@ A batch is a dict of columns, one entry per prompt: `prompts`, `responses` (best
 reads beside them, by the names in its signature (`extras` in losses.py). Nothing else is read or computed.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,12 @@ COLUMNS = {
     "scores": ["rewards"],
     "objectives": ["chosen_parts", "rejected_parts"],  # named parts of each response's reward
 }
-MADE_BY = {"preference": "data/toy.py or data/tldr.py"}  # a column: what writes it, if not data/toy.py alone
+MADE_BY = {"preference": "data/toy.py and data/tldr.py"}  # a column: what writes it, if not data/toy.py alone
+MEANING = {
+    "preference": "the probability that chosen is preferred",
+    "rewards": "a list with one score per response",
+    "chosen_parts": "the scores of chosen by name", "rejected_parts": "the scores of rejected by name",
+}
 AGAIN = "\n\nTL;DR:"  # after an answer that is shown: asks for another one
 
 Batch = dict[str, list | Tensor]
@@ -48,11 +54,14 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
     for column in columns:
         if not has_column(data_dir, table, column) and not column.endswith("_token"):
             raise UserError(f"{data_dir}/{table}.parquet has no column {column}, which --loss={loss} reads: "
-                            f"make the data with python {MADE_BY.get(column, 'data/toy.py')} --out_dir=...")
+                            f"{MEANING[column]}. Add it to your tables, or take another loss "
+                            f"({MADE_BY.get(column, 'data/toy.py')} writes it)")
     check_tables(data_dir, [], (table, limit, 0))
     rows = read_table(data_dir, table, ["query_token", *columns], limit)
     pairs = None if ranked else [list(pair) for pair in zip(rows["chosen_token"], rows["rejected_token"])]
     batch = {"prompts": rows["query_token"], "responses": pairs or rows["responses_token"]}
+    path = f"{data_dir}/{table}.parquet"
+    check_parts(path, rows)
     if "labels" in wanted:
         batch["labels"] = rows["preference"]
     if "scores" in wanted:
@@ -60,7 +69,7 @@ def read_preferences(data_dir: str, table: str, loss: str, reads: set[str], limi
     if "objectives" in wanted:
         both = zip(rows["chosen_parts"], rows["rejected_parts"])
         batch["objectives"] = [[better[part] - worse[part] for part in better] for better, worse in both]
-    check_preferences(f"{data_dir}/{table}.parquet", batch)
+    check_preferences(path, batch)
     return batch
 
 
@@ -72,12 +81,26 @@ def read_sft(data_dir: str, table: str) -> Batch:
 
 def check_preferences(path: str, batch: Batch) -> None:
     for i, label in enumerate(batch.get("labels", [])):
-        if label is None or not 0 <= label <= 1:
-            raise UserError(f"{path}: the preference of row {i} is {label}; it is a probability, from 0 to 1")
+        if not is_number(label) or not 0 <= label <= 1:
+            raise UserError(f"{path}: the preference of row {i} is {label!r}; it is a probability, from 0 to "
+                            "1: mend the row, or take it out")
     for i, scores in enumerate(batch.get("scores", [])):
         K = len(batch["responses"][i])
-        if len(scores) != K:
-            raise UserError(f"{path}: row {i} has {len(scores)} rewards for {K} responses")
+        if not isinstance(scores, list) or len(scores) != K or not all(map(is_number, scores)):
+            raise UserError(f"{path}: the rewards of row {i} are {scores!r}; expected {K} numbers, one per "
+                            "response: mend the row, or take it out")
+
+
+def check_parts(path: str, rows: dict[str, list]) -> None:
+    for column in set(COLUMNS["objectives"]) & rows.keys():
+        for i, parts in enumerate(rows[column]):
+            if not isinstance(parts, dict) or not all(map(is_number, parts.values())):
+                raise UserError(f"{path}: {column} of row {i} is {parts!r}; expected numbers by name: mend "
+                                "the row, or take it out")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def rows_of(batch: Batch, rows: list[int] | slice) -> Batch:

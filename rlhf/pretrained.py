@@ -107,7 +107,7 @@ def load_weights(model: NeoX, directory: Path, skip: tuple[str, ...] = ()) -> No
     missing, others = load_tensors(wanted, weight_files(directory))
     for key, file in others.items():
         if key not in known and not key.endswith(buffers):
-            raise UserError(f"{file}: unexpected tensor {key}")
+            raise UserError(f"{file}: unexpected tensor {key}; is it the model that is meant?")
     check_found(directory, missing)
 
 
@@ -128,14 +128,15 @@ def load_tensors(wanted: dict[str, torch.Tensor], files: list[Path]) -> tuple[se
         except UserError:
             raise
         except Exception as error:  # safetensors raises its own SafetensorError for truncated files
-            raise UserError(f"{file}: not a readable safetensors file ({error}); half-written?") from error
+            raise UserError(f"{file}: not a readable safetensors file ({error}): half-written or "
+                            "damaged; take another checkpoint, or download it again") from error
     return missing, others
 
 
 def check_found(directory: Path, missing: set[str]) -> None:
     if missing:
         names = ", ".join(sorted(missing)[:4]) + (" ..." if len(missing) > 4 else "")
-        raise UserError(f"{directory}: tensors missing from the file: {names}")
+        raise UserError(f"{directory}: tensors missing from the file: {names}; is it the model meant?")
 
 
 def weight_files(directory: Path, name: str = "model") -> list[Path]:
@@ -146,7 +147,8 @@ def weight_files(directory: Path, name: str = "model") -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     for file in names:
         if not (directory / file).exists():
-            raise UserError(f"{directory / file}: missing (an incomplete download or checkpoint?)")
+            raise UserError(f"{directory / file}: missing: download the model again, or take another "
+                            "checkpoint")
     return [directory / file for file in names]
 
 
@@ -159,10 +161,12 @@ def copy_tensor(file: Path, key: str, parameter: torch.Tensor) -> None:
         stored = tensors.get_slice(key)
         shape = stored.get_shape()
         if shape != list(parameter.shape):
-            raise UserError(f"{file}: {key} has shape {shape}, config.json asks for {list(parameter.shape)}")
+            raise UserError(f"{file}: {key} has shape {shape}, config.json asks for "
+                            f"{list(parameter.shape)}: one of the two is of another model")
         own.copy_(stored[rows])
     if not all_finite(own):
-        raise UserError(f"{file}: {key} holds numbers that are not finite (a run that diverged?)")
+        raise UserError(f"{file}: {key} holds numbers that are not finite: the run diverged; "
+                        "take an earlier checkpoint, or train again with a lower --lr")
 
 
 @torch.no_grad()
@@ -221,6 +225,10 @@ def from_pretrained(
                     f"{path_or_id}: is a language model, not a reward model (train one with train_rm.py)"
                 )
             check_padding(raw, path_or_id)
+        if head == "embed_out" and "ForSequenceClassification" in str(raw.get("architectures")):
+            raise UserError(
+                f"{path_or_id}: is a reward model, not a language model (train one with train_sft.py)"
+            )
         skip = ("score.weight", "embed_out.weight") if new_head else ()
         load_weights(model, directory, skip)
         if new_head:
@@ -239,7 +247,8 @@ def save_pretrained(
     tensors = parameters(model)  # a tied weight once, under its first name, as transformers does
     bad = [name for name, tensor in tensors.items() if not all_finite(own_rows(tensor)[0])]
     if bad := sum(exchange(bad), []):
-        raise RunError(f"{bad[0]} holds numbers that are not finite, so it was not saved: lower --lr")
+        raise RunError(f"{bad[0]} holds numbers that are not finite, so it was not saved: train again "
+                       "with a lower --lr")
     if FIRST:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "config.json", saved_config(model, dtype))

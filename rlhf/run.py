@@ -76,6 +76,7 @@ class Run:
         self.began = time.time()
         self.bar = None
         self.track = Trackers(config)
+        self.warned = set()
         self.last = {}  # what was logged last, also before an interruption
         self.changed = {}  # settings that are others than at the start of a resumed run
         self.about = check_out_dir(config)
@@ -125,7 +126,8 @@ class Run:
         else:
             self.start = restore(checkpoints, model, optimizer, generator, critic)
             if self.start > self.steps:
-                raise UserError(f"{checkpoints[0]}: this command makes only {self.steps} updates")
+                raise UserError(f"{checkpoints[0]}: this command makes only {self.steps} updates: "
+                                "give --episodes or --epochs as they were")
             print(f"resuming {self.out} at step {self.start} of {self.steps}")
         for log in filter(Path.exists, logs):  # lines after the checkpoint will be written again
             lines = read_lines(log, self.start)
@@ -167,11 +169,20 @@ class Run:
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.last) + "\n")
         self.track(step, finite(metrics))
+        if metrics.get("eos_share") == 0 and getattr(self.config, "missing_eos", "") == "replace":
+            self.warn("no response of this update ended (EOS): all scores are the penalty's, the reward "
+                      "teaches nothing: raise --response_tokens, train SFT longer, or --missing_eos=none")
         shown = {key.split("/")[-1]: f"{metrics[key]:.3g}" for key in show if key in metrics}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
         if step == self.steps:
             self.bar.close()
+
+    def warn(self, message: str) -> None:
+        """Once in a run."""
+        if message not in self.warned:
+            self.bar.write(f"warning: {message}", file=sys.stderr)
+        self.warned.add(message)
 
     def checkpoint(
         self, step: int, model: NeoX, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,

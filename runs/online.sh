@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every way to learn from one's own samples, on the toy world, three seeds each, from one SFT model and one
-# reward model (some: three): RLOO and its neighbours, PPO, online preference learning, selection of samples. The
+# reward model (some: three): RLOO and its neighbours, PPO, online preference learning, selected samples. The
 # methods are a table in study/online.py; at the end the README's table is printed. Run again, it goes on where
 # it stopped, and what is finished is not run again.
 # OUT=dir writes there instead, SEEDS=1 for fewer, ONLY=rloo,xpo for some methods, EPISODES=640 for shorter runs,

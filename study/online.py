@@ -17,7 +17,7 @@ from study.logs import RunLog, find_runs
 from study.losses import cell
 
 # What methods of one script have in common. {run}: a method's folder, {run}_data: what it selected.
-SAMPLED = "--batch_size=64 --episodes={episodes} --lr=1e-4"
+SAMPLED = "--batch_size=64 --episodes={episodes} --lr=2e-4"
 COMMON = {
     "train_rloo.py": f"--k=4 {SAMPLED} --ppo_epochs=1 --schedule=constant",
     "train_ppo.py": f"{SAMPLED} --ppo_epochs=1 --schedule=constant",
@@ -40,7 +40,7 @@ METHODS = {
     "attached": ("MaxEnt, its whole gradient", "README",
                  "train_rloo.py --reward=maxent_length:0.1 --attached"),
     "aer": ("MaxEnt at a target entropy", "2510.10959",
-            "train_rloo.py --reward=maxent_length:0.1 --entropy_target=0.3 --entropy_rate=0.05"),
+            "train_rloo.py --reward=maxent_length:0.1 --entropy_target=0.2 --entropy_rate=0.05"),
     "minent": ("MinEnt", "2509.20265", "train_rloo.py --reward=minent_length:0.1"),
     "entropy_minimisation": ("entropy minimisation", "2505.15134",
                              "train_rloo.py --reward=score:0+maxent:-0.5"),

@@ -92,7 +92,7 @@ def all_arms(study: Study) -> str:
 
 def check_finished(run: RunLog) -> None:
     if not run.result:
-        raise UserError(f"{run.path}: not finished")
+        raise UserError(f"{run.path}: not finished: go on with its command and --resume")
     if run.win_rate is None:
         raise UserError(f"{run.path}: no win rate in a sweep beside it (eval*/metrics.jsonl)")
 

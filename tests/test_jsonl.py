@@ -88,23 +88,23 @@ def test_what_is_too_long_or_teaches_nothing_is_dropped_and_counted(prepare, cap
 @pytest.mark.parametrize("rows, said", [
     (['{"prompt": "a", "response": "b"}', "{"], "a.jsonl, row 2: cannot be read"),
     (["[1]"], "a.jsonl, row 1: cannot be read"),
-    ([], "a.jsonl: no rows"),
+    ([], "a.jsonl: the file is empty"),
     ([{"text": "a"}], "a.jsonl, row 1: no column 'prompt'"),
-    ([{"prompt": None}], "a.jsonl, row 1: column 'prompt' is null, which is no str"),
-    ([{"prompt": 3}], "column 'prompt' is '3', which is no str"),
+    ([{"prompt": None}], "a.jsonl, row 1: column 'prompt' is null, expected a text"),
+    ([{"prompt": 3}], "column 'prompt' is '3', expected a text"),
     ([{"prompt": " "}], "a.jsonl, row 1: column 'prompt' is empty"),
     ([LINES[0], {"prompt": "a", "response": ""}], "a.jsonl, row 2: column 'response' is empty"),
     (['{"prompt": "\\ud800"}'], "column 'prompt' is no valid text"),
     ([{"prompt": "a", "chosen": "b"}], "no column 'rejected'"),
-    ([{"prompt": "a", "chosen": "b", "rejected": ["c"]}], "column 'rejected' is .* which is no str"),
-    ([{"prompt": "a", "responses": "b"}], "column 'responses' is 'b', which is no list"),
+    ([{"prompt": "a", "chosen": "b", "rejected": ["c"]}], "column 'rejected' is .* expected a text"),
+    ([{"prompt": "a", "responses": "b"}], "column 'responses' is 'b', expected a list"),
     ([{"prompt": "a", "responses": ["b"]}], "'responses' has 1 texts, a ranking needs at least 2"),
     ([{"prompt": "a", "responses": ["b", None]}], "column 'responses.1' is null"),
     ([RANKED[0], {"prompt": "a", "responses": ["b", "c"]}], "row 2: 2 responses, the rows before have 3"),
     ([PAIRS[0] | {"response": "x"}], "columns response, chosen, rejected: a file has rows of one kind"),
     ([LINES[0], PAIRS[0]], "row 2: a row of the kind 'pairs' in a file that began with 'responses'"),
     ([PAIRS[0] | {"batch": "x"}, PAIRS[1]], "row 2: column batch is in some rows of the file only"),
-    ([PAIRS[0] | {"confidence": "high"}], "column 'confidence' is 'high', which is no int"),
+    ([PAIRS[0] | {"confidence": "high"}], "column 'confidence' is 'high', expected a whole number"),
     ([LINES[0], LINES[0]], "1 different prompts: too few to hold out 1"),
 ])
 def test_a_bad_row_is_named(prepare, rows, said):
@@ -115,8 +115,8 @@ def test_a_bad_row_is_named(prepare, rows, said):
 
 def test_bad_options_of_own_data(prepare, tmp_path):
     for options, said in (
-        ({"train": "b.jsonl"}, "b.jsonl: no .jsonl or .parquet file"),
-        ({"train": "a.jsonl,tokenizer.json"}, "tokenizer.json: no .jsonl or .parquet file"),
+        ({"train": "b.jsonl"}, "b.jsonl: no such file"),
+        ({"train": "a.jsonl,tokenizer.json"}, "tokenizer.json: no such file, or its name ends neither"),
         ({"validation_share": 1.0}, "--validation_share=1.0 must be above 0 and below 1"),
         ({"response_tokens": 1}, "--response_tokens=1 must be at least 2"),
         ({"out_dir": "."}, "holds a.jsonl, which is read: choose another --out_dir"),

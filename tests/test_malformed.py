@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 import evaluate
 import sample
+import train_online
+import train_ppo
 import train_rloo
 import train_rm
 import train_sft
 import train_simpo
-from study import plot, results
+from study import best_of_n, plot, results
 
 each_script = pytest.mark.parametrize("script", ON_MODELS, ids=lambda script: script.__name__)
 each_training = pytest.mark.parametrize("script", TRAINING, ids=lambda script: script.__name__)
@@ -68,6 +70,16 @@ READ = [
     (train_simpo, "pairs_train", "chosen_token", {}),
     (train_simpo, "pairs_validation", "rejected_token", {"eval_rows": 0}),
     (train_simpo, "sft_validation", "query_token", {"eval_rows": 0}),
+    (train_ppo, "sft_train", "query_token", {}),
+    (train_ppo, "sft_validation", "query_token", {"eval_rows": 0}),
+    (train_online, "sft_train", "query_token", {}),
+    (train_online, "sft_validation", "query_token", {"eval_rows": 0}),
+    (train_online, "pairs_train", "rejected_token", {"data_pair": True}),
+    (sample, "sft_train", "query_token", {"rows": 0}),
+    (evaluate, "sft_validation", "query_token", {"n": 0}),
+    (evaluate, "sft_validation", "reference_response_token", {"n": 0}),
+    (evaluate, "pairs_validation", "chosen_token", {"agreement": "pairs_validation"}),
+    (best_of_n, "sft_validation", "query_token", {"rows": 0}),
 ]
 
 
@@ -139,6 +151,37 @@ def test_bad_text_columns_and_files(world, tmp_path, capsys, monkeypatch, script
             code == 0 or table in line
         ), (content, line)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+FACTS = {
+    "null": last_row(lambda text: None),
+    "no JSON": last_row(lambda text: text[:-1]),
+    "too deep": last_row(lambda text: "[" * 100_000),
+    "a list": last_row(lambda text: "[]"),
+    "a number": last_row(lambda text: "3"),
+    "without facts": last_row(lambda text: "{}"),
+    "no facts": last_row(lambda text: '{"facts": {}}'),
+    "facts in a list": last_row(lambda text: '{"facts": ["monday"]}'),
+    "numbers": lambda rows: list(range(len(rows))),
+    "no column": "drop",
+}
+
+
+@each_script
+def test_bad_facts(world, tmp_path, capsys, monkeypatch, script):
+    """Of the toy world; the true reward must not fail at the end of a run."""
+    table = {train_rm: "sft_train", sample: "sft_train"}.get(script, "sft_validation")
+    rows = {"eval_rows": 0, "n": 0, "rows": 0, "center_rows": 0}
+    rows = {name: 0 for name in rows if hasattr(script.Config, name)}
+    for kind, change in FACTS.items():
+        if kind == "no column" and table == "sft_train":
+            continue  # then nobody knows the true reward, which is no fault
+        shutil.copytree(world / "data", tmp_path / "data", dirs_exist_ok=True)
+        change_table(tmp_path / f"data/{table}.parquet", "facts", change)
+        cfg = config(world, script, tmp_path / "run", data_dir=str(tmp_path / "data"), **rows)
+        code, line = call(script, cfg, capsys, monkeypatch)
+        assert code == 2 and f"{table}.parquet" in line and "facts" in line, (kind, code, line)
+        assert not (tmp_path / "run").exists(), kind
 
 
 JSON = ["", "{", "[]", "null", "3", '"text"', "[" * 100_000, "\udcff\udcfe", "{}"]

@@ -95,10 +95,13 @@ def test_bytes_of_samples(dtype):
     model.matmul_dtype = dtype
     prompts, K, R = [[5] * 300] * 8, 4, 40
     live = Live()
+    for p in model.parameters():
+        live.add(p)
+    weights = live.now
     with live:
         generate(model, prompts, K, R, temperature=0.7)
     stage = rollout_memory(Size.of(config), dtype, len(prompts), K, 300, R)
-    counted = live.peak
+    counted = live.peak - weights
     assert stage["cache"] == 2 * 4 * 64 * 8 * (300 + K * R) * dtype.itemsize
     assert 0.9 < sum(stage.values()) / counted < 1.35
     assert (sum(stage.values()) - stage["cache"]) / counted < 0.85  # the twin

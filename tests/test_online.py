@@ -292,6 +292,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path, monkeypatch, op
     assert seen[0] == seen[1] and seen[0].count("\n") == 6  # two prompts at three updates
 
 
+def test_a_mixture_needs_one_vocabulary(world, tmp_path):
+    raw = read_json(world / "sft/config.json")
+    wider = NeoX(NeoXConfig.from_dict(raw | {"vocab_size": raw["vocab_size"] + 64})).init_weights(0)
+    save_pretrained(wider, load_tokenizer(str(world / "sft")), tmp_path / "wider")
+    options = dict(ref_model=str(tmp_path / "wider"))
+    for sampler in (dict(mixture=0.5), dict(opponent=1.0)):
+        with pytest.raises(UserError, match="a mixture of models needs one vocabulary"):
+            train_online.main(config_of(world, tmp_path / "run", **options, **sampler))
+    assert not (tmp_path / "run").exists()
+    train_online.main(config_of(world, tmp_path / "run", **options))  # a reference alone may have another
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

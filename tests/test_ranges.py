@@ -1,11 +1,15 @@
 """Numbers that no script takes, options that warn, failures that say what to do."""
 
+import errno
 import json
+import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from faults import ALL, call, call_with, config
+from own import lines_of
 
 import evaluate
 import train_rloo
@@ -13,6 +17,7 @@ import train_rm
 import train_sft
 import train_simpo
 from evaluation.judges import ScoreJudge
+from rlhf.common import optimizer_step
 from rlhf.config import RANGES, RunError, UserError, check_ranges
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
 from study import plot, results
@@ -104,3 +109,40 @@ def test_nan_is_no_verdict():
     assert first == 1.0 and second != second and third != third
 
 
+def test_a_full_disk_and_a_loss_that_is_not_finite_say_how_to_go_on(world, tmp_path, capsys, monkeypatch):
+    """A resumed run would meet the same batch with the same weights: that is no advice."""
+    full = OSError(errno.ENOSPC, "No space left on device", "x")
+    monkeypatch.setattr(train_sft, "load_tokenizer", lambda *args: (_ for _ in ()).throw(full))
+    code, line = call(train_sft, config(world, train_sft, tmp_path / "run"), capsys, monkeypatch)
+    assert code == 1 and line.endswith("make room and run it again (with --resume where the script has it)")
+    with pytest.raises(RunError, match="start anew with a lower --lr .* --model=.*ckpt/step_N"):
+        optimizer_step(torch.nn.Linear(1, 1), None, float("nan"), 0.0, 3)
+
+
+def test_one_model_for_another_and_tables_that_are_not_there(world, tmp_path):
+    own = Path(shutil.copytree(world / "data", tmp_path / "own"))
+    (own / "pairs_train.parquet").unlink()
+    (own / "rankings_train.parquet").unlink()
+    for script, changes, said in (
+        (train_rloo, {"model": str(world / "rm")}, "rm: is a reward model, not a language model"),
+        (train_rloo, {"reward_model": str(world / "sft")}, "sft: is a language model, not a reward model"),
+        (train_rm, {"data_dir": str(own)}, "no such table .* prompt, chosen and rejected: see"),
+        (train_simpo, {"data_dir": str(own), "loss": "simpo_pl"}, "no such table .* a prompt and responses"),
+    ):
+        with pytest.raises(UserError, match=said):
+            script.main(config(world, script, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_that_never_ends_is_told_once(world, tmp_path, capsys):
+    """Then all scores are the penalty, all advantages 0."""
+    train_rloo.main(config(world, train_rloo, tmp_path / "ends", response_tokens=30))
+    assert "ended (EOS)" not in capsys.readouterr().err
+    silent = Path(shutil.copytree(world / "sft", tmp_path / "sft"))
+    model = from_pretrained(str(silent))
+    with torch.no_grad():
+        model.gpt_neox.final_layer_norm.bias *= -3
+    save_pretrained(model, load_tokenizer(str(silent)), silent)
+    train_rloo.main(config(world, train_rloo, tmp_path / "run", model=str(silent)))
+    assert capsys.readouterr().err.count("warning: no response of this update ended (EOS)") == 1
+    assert {line["loss"] for line in lines_of(tmp_path / "run/metrics.jsonl")} == {0.0}

@@ -612,7 +612,7 @@ def test_a_bad_row_is_named_before_anything_is_tokenised_or_removed(tmp_path, ti
     rows["comparisons/validation"].append(pair(11, info=pair(11)["info"] | {"title": None}))
     monkeypatch.setattr(tldr_prompts, "encode", lambda *args: pytest.fail("tokenised"))
     with pytest.raises(
-        UserError, match="comparisons/validation.jsonl, row 11: column 'info.title' is null, which is no str"
+        UserError, match="comparisons/validation.jsonl, row 11: column 'info.title' is null, expected a text"
     ):
         prepare(tmp_path, tiny_file, rows, "jsonl", overwrite=True, limit=2)  # the limit hides no fault
     assert {path.name: path.read_bytes() for path in (tmp_path / "out_jsonl").iterdir()} == before
@@ -677,9 +677,9 @@ BAD = {
     "null post": (
         "tldr_3_filtered/test",
         [sft(1), sft(2, post=None)],
-        "test.jsonl, row 2: column 'post' is null, which is no str",
+        "test.jsonl, row 2: column 'post' is null, expected a text",
     ),
-    "no rows": ("tldr_3_filtered/validation", [], "validation.jsonl: no rows"),
+    "no rows": ("tldr_3_filtered/validation", [], "validation.jsonl: the file is empty"),
     "no choice": (
         "comparisons/train",
         [without(pair(1), "choice")],
@@ -703,12 +703,12 @@ BAD = {
     "null summary": (
         "tldr_3_filtered/train",
         [sft(1, summary=None)],
-        "train.jsonl, row 1: column 'summary' is null, which is no str",
+        "train.jsonl, row 1: column 'summary' is null, expected a text",
     ),
     "null text": (
         "comparisons/train",
         [change(pair(1), "summaries.0.text", False)],
-        "row 1: column 'summaries.0.text' is null, which is no str",
+        "row 1: column 'summaries.0.text' is null, expected a text",
     ),
     "null subreddit": (
         "comparisons/train",
@@ -723,17 +723,17 @@ BAD = {
     "null choice": (
         "comparisons/train",
         [pair(1, choice=None)],
-        "train.jsonl, row 1: column 'choice' is null, which is no int",
+        "train.jsonl, row 1: column 'choice' is null, expected a whole number",
     ),
     "null batch": (
         "comparisons/validation",
         [pair(1, batch=None)],
-        "validation.jsonl, row 1: column 'batch' is null, which is no str",
+        "validation.jsonl, row 1: column 'batch' is null, expected a text",
     ),
     "a worker's text as confidence": (
         "comparisons/train",
         [pair(1, extra={"confidence": "7"})],
-        "column 'extra.confidence' is '7', which is no int",
+        "column 'extra.confidence' is '7', expected a whole number",
     ),
     "a confidence beyond the slider": (
         "comparisons/train",
