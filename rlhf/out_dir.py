@@ -61,7 +61,8 @@ def is_new(out: Path) -> bool:
     """Nothing there, or no more than a kill leaves before run.json is written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out_dir")
-    return not out.exists() or {path.name for path in out.iterdir()} <= {".lock", "run.json.writing"}
+    left = {path.name for path in out.iterdir() if path.suffix != ".probe"} if out.exists() else set()
+    return left <= {".lock", "run.json.writing"}
 
 
 def read_about(out: Path) -> dict:
