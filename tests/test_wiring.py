@@ -10,7 +10,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
+import sample
 import train_online
+import train_ppo
 import train_rloo
 import train_rm
 import train_sft
@@ -56,7 +58,7 @@ def test_rollouts(tiny, generated):
     known = [row["query_token"] for row in tiny.rows("sft_train")]
     assert all(prompt in known for call in rollouts for prompt in call["prompts"])
     assert rollouts[0]["prompts"] != rollouts[1]["prompts"]
-    assert rollouts[0]["generator"] is rollouts[1]["generator"] is not None
+    assert not rollouts[0]["noise"].equal(rollouts[1]["noise"])
     for call, line in zip(rollouts, log(run), strict=True):
         lengths = [len(y) for group in call["responses"] for y in group]
         assert len(lengths) == 8 and line["response_length"] == pytest.approx(sum(lengths) / 8)
@@ -98,9 +100,11 @@ def test_only_the_policy_is_trainable(tiny, script):
     finally:
         handle.remove()
     models = {
-        train_sft: 1, train_rm: 1, train_simpo: 2, train_rloo: 3, train_online: 3, evaluate: 3, best_of_n: 2,
+        train_sft: 1, train_rm: 1, train_simpo: 2, train_rloo: 3, train_ppo: 4, train_online: 3, sample: 2,
+        evaluate: 3, best_of_n: 2,
     }[script]
-    assert len(trainable) == models and sum(trainable.values()) == (script in TRAINING)
+    learners = 2 if script is train_ppo else int(script in TRAINING)
+    assert len(trainable) == models and sum(trainable.values()) == learners
     for model, learns in trainable.items():
         matrix = model.gpt_neox.layers[0].attention.dense.weight
         assert matrix.dtype == (torch.float32 if learns else torch.bfloat16)

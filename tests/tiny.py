@@ -77,7 +77,7 @@ def random_model(vocab_size: int, head: str, seed: int) -> NeoX:
             p.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.5, generator=generator)
         if head == "embed_out":
             bias = model.gpt_neox.final_layer_norm.bias  # part of every hidden state
-            for token, logit in ((EOS, 5.5), (PAD, -20.0)):
+            for token, logit in ((EOS, 6.2), (PAD, -20.0)):
                 model.embed_out.weight[token] = bias * (logit / bias.square().sum())
     return model
 
