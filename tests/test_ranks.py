@@ -69,9 +69,9 @@ def test_kills_with_changing_numbers_of_ranks(tiny, expected, tmp_path):
         process = start(ranks, *command(tiny, run, resume=kill > 0))
         wait_for(run, min(done + draw.randint(0, 2), total - 1), process)
         time.sleep(draw.random() * 0.2)
-        victims = ranks_of(process.pid) if ranks > 1 else [process.pid]
-        if not victims:
-            continue
+        victims = [process.pid]
+        while ranks > 1 and len(victims := ranks_of(process.pid)) < ranks:
+            time.sleep(0.02)  # torchrun has not started them yet
         os.kill(draw.choice(victims), signal.SIGKILL)
         killed = time.time()
         process.wait(timeout=60)
