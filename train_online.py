@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.gold import gold
-from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
+from rlhf.common import Timer, adamw, learning_rate, load_models, optimizer_step, set_lr, setup
 from rlhf.compare import (
     METHODS,
     ONLINE_LOSSES,
@@ -41,7 +41,6 @@ from rlhf.losses import RANKED, describe, extras, loss_options
 from rlhf.masked import seq_logprobs
 from rlhf.memory import dry_run
 from rlhf.metrics import sample_metrics
-from rlhf.model import NeoX
 from rlhf.pair_losses import seq_log_ratios
 from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import load_reward_fn
@@ -161,15 +160,13 @@ def check(cfg: Config) -> None:
                         "and --k=2, and no --data_pair")
 
 
-def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
-    """Policy, reference and the reward models, where they compare."""
-    load = partial(
-        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile, sharded=True,
-    )
-    models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
-    names = filter(None, cfg.reward_model.split(",")) if cfg.scorer == "rm" else []
-    return models + [frozen(load(name, head="score")) for name in names]
+def memory(cfg: Config) -> dict[str, float]:
+    """--dry_run"""
+    held = {"reference": cfg.ref_model or cfg.model}
+    held |= {"reward model": cfg.reward_model} if cfg.scorer == "rm" else {}
+    held |= {"sampler": cfg.model} if cfg.round_updates else {}
+    sampled = {"table": "sft_train", "prompts": cfg.rollout_prompts, "k": cfg.k}
+    return dry_run(cfg, {"policy": cfg.model}, held, **sampled)
 
 
 def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
@@ -218,11 +215,7 @@ def main(cfg: Config) -> dict:
     cfg, options = with_options(cfg)
     check(cfg)
     if cfg.dry_run:
-        held = {"reference": cfg.ref_model or cfg.model}
-        held |= {"reward model": cfg.reward_model} if cfg.scorer == "rm" else {}
-        held |= {"sampler": cfg.model} if cfg.round_updates else {}
-        sampled = {"table": "sft_train", "prompts": cfg.rollout_prompts, "k": cfg.k}
-        return dry_run(cfg, {"policy": cfg.model}, held, **sampled)
+        return memory(cfg)
     device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # prompts per update
     own = cfg.k if cfg.opponent is None else cfg.k // 2  # responses per prompt that are not the opponent's
@@ -239,7 +232,8 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    models = load_models(cfg, device)
+    scoring = cfg.reward_model if cfg.scorer == "rm" else ""
+    models = load_models(cfg, device, reward_models=scoring)
     policy, reference, *reward_models = models
     if cfg.mixture or cfg.opponent:
         check_vocabularies([policy, reference])

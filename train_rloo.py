@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from data.gold import gold
-from rlhf.common import Timer, adamw, frozen, learning_rate, load_model, optimizer_step, set_lr, setup
+from rlhf.common import Timer, adamw, learning_rate, load_models, optimizer_step, set_lr, setup
 from rlhf.config import UserError, check_ranges, command_line
 from rlhf.data import batch_indices, check_tables, has_column, read_meta, read_table
 from rlhf.dist import deal, gather
@@ -36,7 +36,6 @@ from rlhf.groups import Groups, micro_batches, pack
 from rlhf.masked import masked_sum, seq_logprobs
 from rlhf.memory import dry_run
 from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_metrics
-from rlhf.model import NeoX
 from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3, minus_all_drawn
 from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import load_reward_fn
@@ -144,15 +143,12 @@ def check(cfg: Config) -> None:
               "distribution: the gradient is biased", file=sys.stderr)
 
 
-def load_models(cfg: Config, device: torch.device) -> list[NeoX]:
-    """Policy, reference and the reward models, if any."""
-    load = partial(
-        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
-        compiled=cfg.compile, sharded=True,
-    )
-    models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
-    names = filter(None, cfg.reward_model.split(","))
-    return models + [frozen(load(name, head="score")) for name in names]
+def memory(cfg: Config) -> dict[str, float]:
+    """--dry_run"""
+    held = {"reference": cfg.ref_model or cfg.model}
+    held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
+    at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
+    return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
 
 
 def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
@@ -204,10 +200,7 @@ def policy_gradient(
 def main(cfg: Config) -> dict:
     check(cfg)
     if cfg.dry_run:
-        held = {"reference": cfg.ref_model or cfg.model}
-        held |= {"reward model": cfg.reward_model} if cfg.reward_model else {}
-        at_once = min(cfg.rollout_prompts, cfg.batch_size // cfg.k)
-        return dry_run(cfg, {"policy": cfg.model}, held, table="sft_train", prompts=at_once, k=cfg.k)
+        return memory(cfg)
     device = setup(cfg.seed, cfg.device, cfg.plain, cfg.rank_timeout)
     N = cfg.batch_size // cfg.k  # rows of K responses per update
     asked = N // 2 if cfg.rollout == "budget" else N  # prompts per update
@@ -222,7 +215,7 @@ def main(cfg: Config) -> dict:
     if out.finished:
         return out.earlier_result()
 
-    models = load_models(cfg, device)
+    models = load_models(cfg, device, reward_models=cfg.reward_model)
     policy, reference, *reward_models = models
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     context = policy.config.max_position_embeddings

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -66,6 +67,18 @@ def load_model(
         compile_kernels()
         compile_layers(model)
     return model
+
+
+def load_models(cfg, device: torch.device, reward_models: str) -> list[NeoX]:
+    """Policy, reference and reward models (joined by ',', or none) of a script that samples, sharded over the
+    ranks; the policy learns."""
+    load = partial(
+        load_model, data_dir=cfg.data_dir, revision=cfg.revision, device=device, dtype=cfg.dtype,
+        compiled=cfg.compile, sharded=True,
+    )
+    models = [load(cfg.model), frozen(load(cfg.ref_model or cfg.model))]
+    names = filter(None, reward_models.split(","))
+    return models + [frozen(load(name, head="score")) for name in names]
 
 
 def frozen(model: NeoX) -> NeoX:
