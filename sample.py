@@ -78,7 +78,7 @@ class Config:
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward: memory and speed, not the result
-    rollout_prompts: int = 64  # prompts in one generation call
+    rollout_prompts: int = 64  # prompts in one generation call: memory and speed, not the result
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
 
 

@@ -111,7 +111,7 @@ class Config:
     compile: bool = False  # torch.compile the models
     plain: bool = False  # no flex_attention, no CUDA graph, no torch.compile: slower, needs no compiler
     micro_batch_tokens: int = 8192  # tokens in one forward and backward: memory and speed, not the result
-    rollout_prompts: int = 64  # prompts in one generation call
+    rollout_prompts: int = 64  # prompts in one generation call: memory and speed, not the result
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     rank_timeout: float = 600.0  # seconds that a rank (torchrun) waits for another one
     dry_run: bool = False  # print the memory that each stage takes, by arithmetic, and end

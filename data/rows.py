@@ -27,8 +27,6 @@ def read_rows(files: list[Path], title: str) -> Iterator[dict]:
                 rows, total = open_rows(file, data)
                 bar = tqdm(rows, title, total, unit=" rows", mininterval=1)
                 for number, row in enumerate(bar, 1):
-                    if not isinstance(row, dict):
-                        raise TypeError("expected one JSON object, {...}, per line")
                     yield {**row, "where": f"{file}, row {number}"}
         except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file}, row {number + 1}: cannot be read: {error}") from error
@@ -42,7 +40,14 @@ def open_rows(file: Path, data) -> tuple[Iterator[dict], int | None]:
         table = pq.ParquetFile(data)
         rows = (row for batch in table.iter_batches(CHUNK) for row in batch.to_pylist())
         return rows, table.metadata.num_rows
-    return map(json.loads, data), None
+    return map(read_line, data), None
+
+
+def read_line(line: bytes) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise TypeError("expected one JSON object, {...}, per line")
+    return row
 
 
 def value(row: dict, column: str, kind: type, default: str | int | None = None):

@@ -262,7 +262,8 @@ def test_settings_that_may_change_at_a_resume(world, tmp_path, capsys):
     )
     about = json.loads((run / "run.json").read_text())
     assert about["config"]["rollout_prompts"] == 1
-    assert about["changes"] == [{"step": 2, "eval_rows": [2, 1], "rollout_prompts": [64, 1]}]
+    # --rollout_prompts changes memory and speed, and no sample: no change worth a word
+    assert about["changes"] == [{"step": 2, "eval_rows": [2, 1]}]
 
 
 def test_a_finished_run_is_made_longer(world, tmp_path):
