@@ -2,6 +2,7 @@
 
     python -m bench.bench --work=rloo --model=pythia-14m --peer=trl,trl-patched    one row of README's table
     python -m bench.bench --work=generate --model=pythia-70m --peer=transformers --sweep=k
+    python -m bench.bench --work=rloo --model=pythia-70m --ranks=1,2               ours on several ranks
 
 All sides get the same random weights (Pythia's shapes), prompts and completions. Each runs in a process of
 its own (sides.py): ours is the script's `main`, held before every update, theirs the trainer's `train`. The
@@ -22,7 +23,8 @@ from typing import Literal
 import torch
 
 from bench.floor import ceilings, costs, floor
-from bench.sides import WORKS, Side
+from bench.ranks import on_paper, scaling
+from bench.sides import TRAINED, WORKS, Side
 from bench.work import SAMPLED, SHAPES, SIZES, SWEEPS, Work, make_work, write_data, write_models
 from rlhf.common import setup
 from rlhf.config import RunError, UserError, command_line
@@ -39,9 +41,10 @@ class Config:
     model: str = "pythia-70m"  # a shape of the Pythia suite, 14m to 6.9b, with random weights
     peer: str = "trl"  # trl, trl-patched, transformers, joined by commas; none = only ours beside the floor
     sweep: Literal["", "k", "prompt", "batch", "model"] = ""  # how the cost grows with this, the rest fixed
+    ranks: str = ""  # ours alone, on these numbers of ranks joined by commas: all but generate (ranks.py)
     # size
     prompts: int = 0  # prompts, pairs or posts (0 = 8 for rloo and generate, 4 elsewhere)
-    k: int = 0  # responses per prompt of rloo and generate (0 = 4)
+    k: int | None = None  # responses per prompt of rloo and generate (None = 4)
     prompt_tokens: int = 512  # tokens of each prompt
     response_tokens: int = 0  # tokens of each response (0 = 53, for rm 126)
     ppo_epochs: int = 1  # rloo: passes over the responses of an update
@@ -229,7 +232,23 @@ def checked(cfg: Config) -> tuple[list[str], list[str]]:
         raise UserError("--k=1: RLOO's leave-one-out baseline needs at least 2 responses per prompt")
     if cfg.ppo_epochs < 1:
         raise UserError(f"--ppo_epochs={cfg.ppo_epochs} must be at least 1")
+    if cfg.ranks:
+        check_ranks(cfg, kinds)
     return kinds, ["ours", *sides]
+
+
+def check_ranks(cfg: Config, kinds: list[str]) -> None:
+    numbers = cfg.ranks.split(",")
+    if not all(n.isdecimal() and int(n) for n in numbers):
+        raise UserError(f"--ranks={cfg.ranks}: numbers of ranks joined by commas, as in 1,2")
+    if cfg.sweep:
+        raise UserError("--ranks and --sweep: give one of them")
+    most = max(map(int, numbers))
+    for kind in kinds:
+        prompts = cfg.prompts or SIZES[kind][0]
+        if kind in TRAINED and prompts < most:
+            raise UserError(f"--ranks={cfg.ranks}: the {prompts} prompts of {kind} are fewer than {most} ranks: "
+                            "raise --prompts")
 
 
 def see_ceilings(cfg: Config, device: torch.device, seen: list[dict[str, float]]) -> dict[str, float]:
@@ -256,8 +275,22 @@ def cpu_name() -> str:
     return names[0] if names else "unknown CPU"
 
 
+def measure_ranks(cfg: Config, kinds: list[str]) -> dict:
+    about = {**describe(cfg), "cpu": cpu_name()}
+    threads = "one thread" if cfg.device == "cpu" else "one card"
+    print(f"{about['cpu']}, {threads} per rank, torch {about['torch']}, {cfg.dtype}, commit {about['commit']}")
+    ranks = [int(n) for n in cfg.ranks.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        results = [scaling(cfg, kind, ranks, folder, compare) for kind in kinds if kind in TRAINED]
+    out = {**about, "results": results, "on_paper": on_paper(cfg.model)}
+    print(json.dumps(out))
+    return out
+
+
 def main(cfg: Config) -> dict:
     kinds, sides = checked(cfg)
+    if cfg.ranks:
+        return measure_ranks(cfg, kinds)
     device = setup(1, cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     about = {**describe(cfg), "cpu": cpu_name()}

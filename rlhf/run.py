@@ -120,8 +120,8 @@ class Run:
         logs = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")]
         checkpoints = resumable(self.out)
         if not checkpoints:
-            for log in logs if FIRST else []:  # of an attempt that ended before its first checkpoint
-                log.unlink(missing_ok=True)
+            # of an attempt that ended before its first checkpoint; no rank reads what another removes
+            on_first(lambda: [log.unlink(missing_ok=True) for log in logs])
             print(f"{self.out}: no checkpoint to resume, starting at step 0")
         else:
             self.start = restore(checkpoints, model, optimizer, generator, critic)
