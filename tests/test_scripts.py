@@ -395,7 +395,7 @@ def test_bad_data_is_named(world, tmp_path):
         train_sft.main(again(world, train_sft, tmp_path / "run", data_dir=empty))
     long = broken_data(
         world, tmp_path / "c", "sft_train",
-        lambda rows: [{**row, "query_token": row["query_token"] * 10} for row in rows],
+        lambda rows: [{**row, "query_token": row["query_token"] * 20} for row in rows],
     )
     with pytest.raises(UserError, match="the model.s context"):
         train_rloo.main(again(world, train_rloo, tmp_path / "rloo", data_dir=long))
