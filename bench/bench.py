@@ -60,7 +60,7 @@ class Config:
     gradient_checkpointing: bool = False  # ours and TRL
     # measuring
     repeats: int = 5  # timed steps of each side
-    warmup: int = 2  # steps of each side that are not timed, after the one that is compared
+    warmup_steps: int = 2  # steps of each side that are not timed, after the one that is compared
     sequential: bool = False  # one side after the other instead of in turns: for models that fit only once
 
 
@@ -99,10 +99,10 @@ def take_turns(work: Work, names: list[str], first: dict, steps: dict[str, list[
             first[side.name] = side.step()
             if side.name != "ours":
                 same[side.name] = compare(work, side.name, first["ours"]["check"], first[side.name]["check"])
-        for turn in range(work.cfg.warmup + work.cfg.repeats):
+        for turn in range(work.cfg.warmup_steps + work.cfg.repeats):
             for side in sides:
                 result = side.step()
-                if turn >= work.cfg.warmup:
+                if turn >= work.cfg.warmup_steps:
                     steps[side.name].append(result)
     finally:
         for side in sides:
@@ -247,8 +247,8 @@ def check_ranks(cfg: Config, kinds: list[str]) -> None:
     for kind in kinds:
         prompts = cfg.prompts or SIZES[kind][0]
         if kind in TRAINED and prompts < most:
-            raise UserError(f"--ranks={cfg.ranks}: the {prompts} prompts of {kind} are fewer than {most} ranks: "
-                            "raise --prompts")
+            raise UserError(f"--ranks={cfg.ranks}: {kind} has {prompts} prompts for {most} ranks, and each "
+                            "needs one: raise --prompts")
 
 
 def see_ceilings(cfg: Config, device: torch.device, seen: list[dict[str, float]]) -> dict[str, float]:
@@ -277,8 +277,8 @@ def cpu_name() -> str:
 
 def measure_ranks(cfg: Config, kinds: list[str]) -> dict:
     about = {**describe(cfg), "cpu": cpu_name()}
-    threads = "one thread" if cfg.device == "cpu" else "one card"
-    print(f"{about['cpu']}, {threads} per rank, torch {about['torch']}, {cfg.dtype}, commit {about['commit']}")
+    each = "one thread" if cfg.device == "cpu" else "one card"
+    print(f"{about['cpu']}, {each} per rank, torch {about['torch']}, {cfg.dtype}, commit {about['commit']}")
     ranks = [int(n) for n in cfg.ranks.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         results = [scaling(cfg, kind, ranks, folder, compare) for kind in kinds if kind in TRAINED]

@@ -6,7 +6,8 @@ strong    the same update on more ranks; the speed-up is over one process withou
 weak      n times the prompts on n ranks; the efficiency is that process's seconds over theirs
 hooks     one rank under torchrun against that process: what sharding costs where nothing is sent
 on paper  RLOO with the paper's sizes: the arithmetic of floor.py and the bytes that a rank receives, at the
-          rates named here; nothing of it is measured
+          rates named here; speed-up if one comes after the other, and if both go on at once. Nothing of it
+          is measured
 """
 
 import json
@@ -73,13 +74,13 @@ def main(job: Path) -> None:
     cfg = SimpleNamespace(**given["cfg"])
     if cfg.device == "cpu":
         torch.set_num_threads(1)
-    clock = Clock(1 + cfg.warmup + cfg.repeats, str(setup(1, cfg.device)))
+    clock = Clock(1 + cfg.warmup_steps + cfg.repeats, str(setup(1, cfg.device)))
     try:
-        training(Work(**given["work"], cfg=cfg), clock)
+        training(Work(**given["work"] | {"cfg": cfg}), clock)
     except Stopped:
         pass
     peaks = dist.exchange(clock.peak_memory())
-    timed = [step["seconds"] for step in clock.seen[1 + cfg.warmup :]]
+    timed = [step["seconds"] for step in clock.seen[1 + cfg.warmup_steps :]]
     found = {"seconds": statistics.median(timed), "peak_gib": max(peaks) / 2**30}
     found |= {"forwards": clock.forwards, "check": clock.seen[0]["check"]}
     if dist.FIRST:
@@ -168,14 +169,14 @@ def received(model: str, ranks: int) -> float:
 
 
 def on_paper(model: str) -> list[dict]:
-    """Prints seconds of an update: arithmetic alone, and with the bytes behind it or after it."""
+    """Prints seconds of an update of the paper's size on more and more cards."""
     cfg = SimpleNamespace(dtype="bfloat16", ppo_epochs=EPOCHS)
     work = Work(kind="rloo", model=model, folder="", cfg=cfg, **BATCH)
     flops = sum(cost[0] for cost in costs(work).values())
     print(f"\non paper: rloo, {model}, 256 prompts x 2, 512 + 53 tokens, {EPOCHS} epochs, micro-batches of "
           f"{MICRO_BATCH_TOKENS} tokens, {CARD / 1e12:.0f} TFLOP/s,\n  {INSIDE / 1e9:.0f} GB/s inside a "
           f"machine of {PER_MACHINE}, {BETWEEN / 1e9:.0f} GB/s between machines")
-    print(f"  {'ranks':>5}{'compute':>10}{'received':>12}{'transfer':>10}{'speed-up':>18}")
+    print(f"  {'ranks':>5}{'compute':>11}{'received':>12}{'transfer':>11}{'speed-up':>18}")
     rows = []
     for n in ON_PAPER:
         compute = flops / n / CARD
@@ -185,7 +186,7 @@ def on_paper(model: str) -> list[dict]:
         most = flops / CARD / max(compute, transfer)
         rows.append({"ranks": n, "compute": compute, "bytes": bytes_, "transfer": transfer,
                      "speed_up": [least, most]})
-        print(f"  {n:5}{compute:9.2f}s{bytes_ / 1e9:9.0f} GB{transfer:9.2f}s{least:8.1f} to {most:.1f}x")
+        print(f"  {n:5}{compute:10.3f}s{bytes_ / 1e9:9.1f} GB{transfer:10.3f}s{least:9.1f} to {most:.1f}x")
     return rows
 
 

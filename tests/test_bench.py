@@ -10,11 +10,11 @@ import train_rloo
 import train_rm
 import train_sft
 import train_simpo
-from bench import ours, work
+from bench import ours, ranks, work
 from bench.bench import Config, checked, compare
 from bench.floor import VOCABULARY, costs, floor
 from bench.sides import Stopped
-from rlhf.config import RunError, UserError
+from rlhf.config import RunError, UserError, check_ranges
 from rlhf.forward import token_stats
 from rlhf.groups import pack
 from rlhf.pretrained import from_pretrained
@@ -88,12 +88,30 @@ def test_bad_options_are_named():
         "only rloo and generate": Config(work="dpo", sweep="k"),
         "at least 2 responses": Config(work="rloo", k=1),
         "at least 1": Config(ppo_epochs=0),
+        "numbers of ranks joined by commas": Config(ranks="1,two"),
+        "give one of them": Config(ranks="1,2", sweep="prompt"),
+        "dpo has 4 prompts for 5 ranks": Config(ranks="1,5", work="dpo"),
     }
     for said, cfg in bad.items():
         with pytest.raises(UserError, match=said):
             checked(cfg)
     with pytest.raises(UserError, match="does not divide"):
         make("rloo", peer_rows=3)
+
+
+def test_the_defaults_are_in_their_ranges():
+    check_ranges(Config())
+
+
+def test_what_a_rank_receives():
+    """Of the paper's update at 6.9B on 8 ranks: 5 micro-batches each, in 4 epochs."""
+    assert [ranks.passes(n) for n in (1, 8, 64)] == [39, 5, 1]
+    body = 12 * 4096**2 * 32
+    root = 2 * VOCABULARY * 4096
+    learnt = 4 * 5 * (8 * body + 8 * root)
+    scored = (5 + 5 + 2 + 1) * (2 * body + 4 * root)  # reference, reward model, drift, copy for the rollout
+    assert ranks.received("pythia-6.9b", 8) == pytest.approx((learnt + scored) * 7 / 8)
+    assert ranks.received("pythia-6.9b", 1) == 0
 
 
 class TwoSteps:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import apart, base, distance, log, measured, weights
 
@@ -22,6 +23,8 @@ import train_rloo
 import train_rm
 import train_sft
 import train_simpo
+from rlhf import dist
+from rlhf.config import UserError
 from study import best_of_n
 
 HERE = Path(__file__).parent
@@ -224,6 +227,18 @@ def test_bad_input_is_told_by_every_rank_and_nothing_is_touched(tiny, tmp_path):
     assert errors[5] == ""
     assert 0.5 <= float(errors[6]) < 0.55  # the layer norms of this tiny model are 1 % of it
     assert [sorted(path.name for path in folder.iterdir()) for folder in both] == [["data"], ["data"]]
+
+
+def test_fewer_cards_than_ranks(monkeypatch):
+    """Found before any rank waits for another."""
+    monkeypatch.setattr(dist, "LAUNCHED", True)
+    monkeypatch.setattr(dist, "RANKS", 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="^4 ranks on a machine with 2 GPUs: --nproc_per_node is at most"):
+        dist.join("cuda", timeout=1.0)
+    with pytest.raises(UserError, match="^--device=cuda:1 with 4 ranks: give --device=cuda, each takes its"):
+        dist.join("cuda:1", timeout=1.0)
 
 
 def test_one_process_loads_nothing_of_it():
