@@ -86,7 +86,7 @@ def run_jobs(ranks: int, jobs: list[dict], file: Path) -> list[str]:
     """The error of each job, "" for none."""
     file.write_text(json.dumps(jobs))
     done = torchrun(ranks, str(HERE / "ranks.py"), str(file), timeout=900)
-    assert done.returncode == 0, done.stderr[:4000]
+    assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(Path(f"{file}.errors").read_text())
 
 
