@@ -15,7 +15,7 @@ import torch
 import rlhf.checkpoint
 import rlhf.generate
 from rlhf import dist
-from rlhf.config import UserError
+from rlhf.config import RunError, UserError
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
 
 TRAINING = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
@@ -91,7 +91,7 @@ def main() -> None:
         try:
             returned = script.main(script.Config(**job["config"]))
             errors.append("")
-        except UserError as error:
+        except (UserError, RunError) as error:
             errors.append(str(error))
         else:
             if dist.FIRST:
