@@ -39,7 +39,7 @@ from rlhf.metrics import reward_metrics, sample_metrics, sequence_means, update_
 from rlhf.policy import ADVANTAGES, POLICY_LOSSES, k1, k2, k3, minus_all_drawn
 from rlhf.pretrained import load_tokenizer
 from rlhf.reward_fn import load_reward_fn
-from rlhf.rewards import adapted, entropy_bonus, own_terms, parse_reward, rlhf_reward
+from rlhf.rewards import coefficients_now, entropy_bonus, own_terms, rlhf_reward
 from rlhf.rollout import ROLLOUTS, forced_tokens, take, watched
 from rlhf.run import Run
 from rlhf.scores import Scorer, parse_mix
@@ -164,16 +164,6 @@ def read_prompts(cfg: Config, true_reward: bool) -> dict[str, list]:
     return data | {"references": references}
 
 
-def coefficients_now(cfg: Config, last: dict) -> dict[str, float]:
-    """Those of --reward; with --entropy_target the entropy bonus's follows from the update before."""
-    coefficients = parse_reward(cfg.reward)
-    if cfg.entropy_target is not None and last:
-        name = entropy_bonus(cfg.reward)
-        earlier, entropy = last[f"coefficient/{name}"], last["entropy"]
-        coefficients[name] = adapted(earlier, entropy, cfg.entropy_target, cfg.entropy_rate)
-    return coefficients
-
-
 @torch.no_grad()
 def look(
     cfg: Config, scored: dict[str, Tensor], groups: Groups, models: list, coefficients: dict[str, float],
@@ -249,7 +239,7 @@ def main(cfg: Config) -> dict:
         timer = Timer(device)
         lr = learning_rate(step, total, cfg.lr, cfg.schedule, cfg.warmup)
         set_lr(optimizer, lr)
-        coefficients = coefficients_now(cfg, out.last)
+        coefficients = coefficients_now(cfg.reward, out.last, cfg.entropy_target, cfg.entropy_rate)
 
         # 1. rollout: K responses to each prompt from the current policy, and their scores
         rows = batch_indices(len(data["query_token"]), asked, step, cfg.seed)

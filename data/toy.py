@@ -67,7 +67,7 @@ class Config:
     validation: int = 500  # rows of sft_validation and of pairs_validation
     test: int = 500  # rows of sft_test
     # base model
-    size: Literal["small", "medium", "large"] = "medium"  # of base/: 0.2, 0.8 or 1.9 million parameters
+    size: Literal["small", "medium", "large"] = "medium"  # of base/: 0.23, 0.85 or 1.86 million parameters
 
 
 # --- rows
@@ -183,7 +183,7 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
 
 def write_base(folder: Path, size: str, tokenizer: Tokenizer) -> None:
     """A Hugging Face GPT-NeoX directory without weights. Tied embeddings, rotary on whole heads with a base
-    for short texts, wide initial weights and heads of 64: copying from the post forms within 250 updates."""
+    for short texts, wide initial weights, heads of 64, four layers: copying from the post forms early."""
     folder.mkdir(exist_ok=True)
     width, layers, heads = SIZES[size]
     config = NeoXConfig(

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 MOST_WORDS = 31  # in a summary, punctuation included: every word is one token, and EOS makes it 32
 
 # --- words
-# Few things on purpose: with 8 a reward model of this size began to compare a summary with its post within
-# some 250 updates of 32 pairs, in trials with two seeds; with 32 it had not begun after 600. (Label noise and
-# learning rate differed between these trials, too.)
+# Few things on purpose: with 32 a reward model of this size had not begun to compare a summary with its post
+# when its training ended, with 8 it has (single trials, in earlier versions of this world).
 THINGS = "keys bikes lamps cars rings phones books coats".split()
 PEOPLE = "brother sister boss friend wife cousin".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()

@@ -224,7 +224,7 @@ def command_line(main, cls: type, epilog: str = "") -> None:
     config = cls(**vars(parser(cls, description, epilog).parse_args()))
     try:
         if dist.LAUNCHED and not hasattr(config, "rank_timeout"):
-            raise UserError("this script has no work to share between ranks: start it without torchrun")
+            dist.refuse("this script has no work to share between ranks: start it without torchrun")
         check_ranges(config)
         main(config)
         dist.leave()

@@ -82,6 +82,13 @@ def last_word(message: str) -> None:
         sys.stdout.flush()
 
 
+def refuse(message: str) -> None:
+    """UserError, of the first rank; the others, which have the same one, wait for torchrun to end them."""
+    if not FIRST:
+        time.sleep(600)
+    raise UserError(message)
+
+
 def lost(error: RuntimeError) -> str | None:
     """What an error of the network says about another rank; None for any other error."""
     said = str(error)

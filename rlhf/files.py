@@ -56,6 +56,15 @@ def remove(directory: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def replace_directory(aside: Path, final: Path) -> None:
+    """A directory that is whole gets its name, in the place of an earlier one."""
+    sync(*aside.iterdir(), aside)
+    if final.exists():
+        remove(final)
+    aside.rename(final)
+    sync(final.parent)
+
+
 def move_in(aside: Path, out: Path, last: str) -> None:
     """Moves the files of `aside` into `out`. Until `last` is there too, `out` counts as unfinished."""
     out.mkdir(parents=True, exist_ok=True)

@@ -156,6 +156,15 @@ def adapted(coefficient: float, entropy: float, target: float, rate: float) -> f
     return max(0.0, coefficient + rate * (target - entropy))
 
 
+def coefficients_now(reward: str, last: dict, target: float | None, rate: float) -> dict[str, float]:
+    """Those of --reward; with a target the entropy bonus's follows from what the last update logged."""
+    coefficients = parse_reward(reward)
+    if target is not None and last:
+        name = entropy_bonus(reward)
+        coefficients[name] = adapted(last[f"coefficient/{name}"], last["entropy"], target, rate)
+    return coefficients
+
+
 def missing_eos(scores: Tensor, ended: Tensor, *, rule: str, penalty: float) -> Tensor:
     """Scores (N, K) of the responses that have no EOS (ended (N, K) bool is False), after the rule:
 

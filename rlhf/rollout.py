@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf.common import frozen
 from rlhf.dist import on_first
+from rlhf.files import replace_directory
 from rlhf.model import EOS, NeoX, compile_layers
 from rlhf.pretrained import from_pretrained, save_pretrained
 
@@ -226,8 +227,9 @@ def round_model(
     """The policy as it was at the start of a round: written to its folder where one begins, and read back, so
     that a resumed run has the same, and each round's model can be evaluated."""
     if begins:
-        save_pretrained(policy, tokenizer, folder)
-        on_first(folder.exists)  # all wait until it is written
+        aside = folder.with_name("writing")
+        save_pretrained(policy, tokenizer, aside)
+        on_first(lambda: replace_directory(aside, folder))  # all wait for it
     model = frozen(from_pretrained(str(folder), device=policy.device, dtype=dtype, sharded=True))
     if compiled:
         compile_layers(model)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from rlhf.checkpoint import restore, state_tensors
 from rlhf.config import UserError
 from rlhf.dist import FIRST, on_first
-from rlhf.files import checksum, move_in, read_objects, remove, sync, write_file
+from rlhf.files import checksum, move_in, read_objects, remove, replace_directory, sync, write_file
 from rlhf.model import NeoX
 from rlhf.out_dir import (
     changes,
@@ -212,15 +212,11 @@ class Run:
 
     def move_in(self, aside: Path, final: Path) -> None:
         """A checkpoint is whole before it has its name."""
-        folder = final.parent
         sums = {file.name: checksum(file) for file in sorted(aside.iterdir())}
         (aside / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n")
-        sync(self.out / "metrics.jsonl", *aside.iterdir(), aside)
-        if final.exists():
-            remove(final)
-        aside.rename(final)
-        sync(folder)
-        thin(folder, self.config.keep)
+        sync(self.out / "metrics.jsonl")
+        replace_directory(aside, final)
+        thin(final.parent, self.config.keep)
         forget_replaced(self.out)
 
     def finish(self, model: NeoX, tokenizer: Tokenizer, result: dict) -> dict:

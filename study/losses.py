@@ -41,22 +41,26 @@ def cell(values: list[float]) -> str:
     return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
+def cells_of(seeds: list[RunLog], columns: dict[str, Callable[[RunLog], float]]) -> list[str]:
+    for run in seeds:
+        if not run.evaluation:
+            raise UserError(f"{run.path}: no eval*/ beside it tells its gold; run evaluate.py over it")
+    return [cell([column(run) for run in seeds]) for column in columns.values()]
+
+
 def table(runs: list[RunLog]) -> list[str]:
     """Lines of markdown: the SFT model if it was evaluated, then a row per loss in the order of losses.py."""
     columns = MEASURED | LOGGED
     lines = ["| loss | seeds | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for run in select(runs, "train_sft"):
         if run.evaluation:
-            cells = [cell([column(run)]) for column in MEASURED.values()]
+            cells = cells_of([run], MEASURED)
             lines.append(f"| (SFT) | | {' | '.join(cells)} |" + " |" * len(LOGGED))
     for loss in PREFERENCE_LOSSES:
         seeds = select(runs, "train_simpo", loss=loss)
         if not seeds:
             continue
-        for run in seeds:
-            if not run.evaluation:
-                raise UserError(f"{run.path}: no eval*/ beside it tells its gold; run evaluate.py over it")
-        cells = [cell([column(run) for run in seeds]) for column in columns.values()]
+        cells = cells_of(seeds, columns)
         lines.append(f"| `{loss}` | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 

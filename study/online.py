@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rlhf.config import UserError, command_line
 from study.logs import RunLog, find_runs
-from study.losses import cell
+from study.losses import cells_of
 
 # What methods of one script have in common. {run}: a method's folder, {run}_data: what it selected.
 SAMPLED = "--batch_size=64 --episodes={episodes} --lr=2e-4"
@@ -158,16 +158,13 @@ def table(out: Path) -> list[str]:
     seconds = seconds_of(out)
     lines = ["| method | arXiv | command | " + " | ".join(COLUMNS) + " | seconds |", "|---" * 7 + "|"]
     if (sft := runs.get("sft")) and sft.evaluation:
-        cells = [cell([column(sft)]) for column in COLUMNS.values()]
+        cells = cells_of([sft], COLUMNS)
         lines.append(f"| (SFT) | | | {' | '.join(cells)} | |")
     for name, (title, source, *_) in METHODS.items():
         seeds = [run for folder, run in runs.items() if re.fullmatch(rf"{name}_s\d+", folder)]
         if not seeds:
             continue
-        for run in seeds:
-            if not run.evaluation:
-                raise UserError(f"{run.path}: no eval*/ beside it tells its gold; run evaluate.py over it")
-        cells = [cell([column(run) for run in seeds]) for column in COLUMNS.values()]
+        cells = cells_of(seeds, COLUMNS)
         spent = [seconds[run.path.name] for run in seeds if run.path.name in seconds]
         cells.append(f"{sum(spent) / len(spent):.0f}" if spent else "")
         lines.append(f"| {title} | {source} | {short(name)} | {' | '.join(cells)} |")

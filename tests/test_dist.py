@@ -85,7 +85,7 @@ def torchrun(ranks: int, *command: str, **how) -> subprocess.CompletedProcess:
 def run_jobs(ranks: int, jobs: list[dict], file: Path) -> list[str]:
     """The error of each job, "" for none."""
     file.write_text(json.dumps(jobs))
-    done = torchrun(ranks, str(HERE / "ranks.py"), str(file), timeout=900)
+    done = torchrun(ranks, str(HERE / "ranks.py"), str(file), timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(Path(f"{file}.errors").read_text())
 
@@ -133,7 +133,11 @@ def ranked(tiny, one) -> dict[tuple[str, int], Path]:
             folder = out["moments_lost", 2] = tiny.root / "moments_lost"
             jobs.append(job(tiny, "sft", cut(one["sft"], folder, 2), "moments_lost", resume=True))
         errors = run_jobs(ranks, jobs, tiny.root / f"jobs_{ranks}.json")
-        assert all(not error or "not finite" in error for error in errors), errors  # of a twin
+        names = [Path(task["config"]["out_dir"]).name for task in jobs]
+        failed = {name: error for name, error in zip(names, errors) if error}
+        # Log-probs of other responses under the ratio: that it ends in infinite weights is a difference too.
+        assert failed.keys() <= {"wrong_order"}, failed
+        assert all("not finite" in error for error in failed.values()), failed
     return out
 
 
@@ -200,7 +204,7 @@ def test_a_checkpoint_has_the_same_files_and_numbers_whoever_wrote_it(one, ranke
 @pytest.mark.parametrize("broken", [*BROKEN, "moments_lost"])
 def test_twin(one, ranked, broken):
     run = ranked[broken, 2]
-    diverged = not (run / "result.json").exists()
+    diverged = broken == "wrong_order" and not (run / "result.json").exists()
     assert diverged or distance(run, one[BROKEN.get(broken, "sft")]) > 10 * CLOSE
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from study.instrument import fails, not_temperature, proxy, robust, size_helps, works
+from study import instrument
+from study.criteria import fails, not_temperature, proxy, robust, size_helps, works
 
 SEEDS = [1, 2, 3, 4, 5]
+DEMO = Path(__file__).parents[1] / "runs/demo.sh"
 
 
 def sweep(kl: float, dpo: float, free: float = 0.1) -> dict[str, dict]:
@@ -98,3 +100,9 @@ def test_robust_asks_for_one_order():
     assert not robust(rows, sweep(0.1, 0.2, -0.1), SEEDS)[0]  # with other kernels DPO is the best
     rows["free_s4"]["gold"] = 0.31  # a sign
     assert not robust(rows, sweep(0.3, 0.2, -0.1), SEEDS)[0]
+
+
+@pytest.mark.parametrize("stage", ["SFT", "RM", "RLOO", "OFFLINE"])
+def test_the_settings_are_those_of_the_demo(stage):
+    words = getattr(instrument, stage).replace("--temperature=0.7", "").split()  # that is the default
+    assert set(words) <= set(DEMO.read_text().replace('"', " ").split())
