@@ -6,12 +6,12 @@ nan = no verdict: it is counted nowhere.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 Z = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # the same of Student's t, by degrees of freedom
 BUCKETS = ((0, 0.5), (0.5, 0.8), (0.8, 1.25), (1.25, 2), (2, math.inf))  # summary length / reference length
 
 
@@ -34,27 +34,39 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return low, high
 
 
-def t_quantile(d: int) -> float:
-    """Student's t with d degrees of freedom: 95 % lie within this many standard deviations.
+def t_inside(t: float, d: int) -> float:
+    """P(|T| < t) of Student's t with d degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(d))
+    odd = d % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, d - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if d > 1 else 0.0))
 
-    Beyond the table: Cornish and Fisher's series in 1/d, right to 0.003.
-    """
-    if d in T95:
-        return T95[d]
-    first = (Z**3 + Z) / (4 * d)
-    second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * d**2)
-    third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / (384 * d**3)
-    return Z + first + second + third
+
+@lru_cache
+def t_quantile(d: int, level: float = 0.95) -> float:
+    """Student's t with d degrees of freedom: a share `level` lies within this many standard deviations."""
+    low, high = 0.0, 1.0
+    while t_inside(high, d) < level:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_inside(middle, d) < level else (low, middle)
+    return high
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of a few independent numbers (seeds), and its 95 % interval of Student's t; infinite for one."""
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of a few independent numbers (seeds), and its interval of Student's t; infinite for one."""
     n = len(values)
     middle = math.fsum(values) / n
     if n == 1:
         return middle, -math.inf, math.inf
     deviation = math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (n - 1))
-    half = t_quantile(n - 1) * deviation / math.sqrt(n)
+    half = t_quantile(n - 1, level) * deviation / math.sqrt(n)
     return middle, middle - half, middle + half
 
 

@@ -7,8 +7,10 @@ beta of a KL-constrained run, alpha of a MaxEnt or MinEnt one.
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from evaluation.statistics import t_interval, t_quantile
 from rlhf.config import UserError
 from study.logs import RunLog, by_setting, select
 
@@ -18,15 +20,15 @@ SEED_SETTINGS = {
     "eval_rows", "eval_every", "save_every", "keep", "device", "dtype", "compile", "micro_batch_tokens",
     "rollout_prompts", "gradient_checkpointing",
 }
+Interval = tuple[float, float, float]  # mean, low, high
 UNABLATED = "invalid_logprob_fill=None and the clip range 0.2"  # what `without_ablations` keeps, for messages
 
 # the toy study of runs/study.sh
-SIZES = {"small": "1B", "medium": "2.8B", "large": "6.9B"}  # what each stands for
-HIGH = 3e-4  # learning rates of RLOO: for the paper's 1e-6,
-TENTH = 3e-5  # its 1e-7,
-TWENTIETH = 1.5e-5  # and its 5e-8
-OFFLINE_HIGH = 3e-4  # of SimPO and DPO: for the paper's 1e-6
-OFFLINE_LOW = 6e-5  # and its 2e-7
+HIGH = 1e-4  # learning rates of RLOO: for the paper's 1e-6,
+TENTH = 1e-5  # its 1e-7,
+TWENTIETH = 5e-6  # and its 5e-8
+OFFLINE_HIGH = 1e-4  # of SimPO and DPO: for the paper's 1e-6
+OFFLINE_LOW = 2e-5  # and its 2e-7
 GAMMAS = (0.0, 0.25, 0.5, 1.0, 2.0)  # SimPO's margins
 
 
@@ -172,37 +174,67 @@ def dpo_seeds(label: str, runs: list[RunLog]) -> tuple[str, list[RunLog]]:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of runs/study.sh. An arm that is missing is a UserError."""
+    """The runs of runs/study.sh. An arm that is missing is a UserError.
+
+    It notes which arms were asked for and how wide its intervals were: sequential.py reads both.
+    """
 
     folders: dict[str, list[RunLog]]  # {size: its runs}
+    level: float = 0.95  # of the intervals
+    used: set[tuple[str, str]] = field(default_factory=set)  # (size, name) of the arms asked for
+    seen: dict[str, list[float]] = field(default_factory=dict)  # {unit: differences seen with power 0.8}
+
+    def note(self, size: str, arms: dict[float, list[RunLog]]) -> dict[float, list[RunLog]]:
+        self.used.update((size, run.path.name.rpartition("_s")[0]) for arm in arms.values() for run in arm)
+        return arms
+
+    def interval(self, values: Sequence[float], unit: str = "gold") -> Interval:
+        """Of Student's t over the seeds."""
+        found = t_interval(values, self.level)
+        degrees = len(values) - 1
+        if degrees:
+            half = found[2] - found[0]
+            t, power = t_quantile(degrees, self.level), t_quantile(degrees, 0.6)  # 0.6: one-sided 0.8
+            self.seen.setdefault(unit, []).append(half * (1 + power / t))
+        return found
+
+    def power(self) -> str:
+        """The differences that its intervals would have told from 0 with probability 0.8."""
+        parts = []
+        for unit, differences in self.seen.items():
+            low, high = min(differences), max(differences)
+            parts.append(f"{low:.2g} to {high:.2g} {unit}" if len(differences) > 1 else f"{low:.2g} {unit}")
+        return "; ".join(parts)
 
     def arm(self, size: str, script: str, **settings) -> list[RunLog]:
         runs = sorted(select(self.folders[size], script, **settings), key=lambda run: run.config["seed"])
         if not runs:
             raise UserError(f"the study has no run of {script} with {settings} in {size}: "
                             "finish it with runs/study.sh")
-        return runs
+        return self.note(size, {0.0: runs})[0.0]
 
     def sft(self, size: str) -> dict:
         """What evaluate.py says of the SFT model."""
-        return self.arm(size, "train_sft")[0].evaluation
+        return select(self.folders[size], "train_sft")[0].evaluation
 
     def kl_arms(self, size: str) -> dict[float, list[RunLog]]:
         """The KL-constrained arms, by coefficient; all at the high learning rate."""
-        return need(kl_constrained(self.folders[size]), size, "train_rloo with reward=kl")
+        found = kl_constrained(self.folders[size])
+        return self.note(size, need(found, size, "train_rloo with reward=kl"))
 
     def maxent_by_lr(self, size: str) -> dict[float, dict[float, list[RunLog]]]:
         """{learning rate, from high to low: {coefficient: arm}}, MaxEnt (eq. 7)."""
-        return by_lr(self.folders[size])
+        return {lr: self.note(size, arms) for lr, arms in by_lr(self.folders[size]).items()}
 
     def maxent_arms(self, size: str, lr: float) -> dict[float, list[RunLog]]:
         """The MaxEnt arms of a learning rate, by coefficient."""
         what = f"train_rloo with reward=maxent_length, lr={lr_text(lr)}"
-        return need(self.maxent_by_lr(size).get(lr), size, what)
+        return self.note(size, need(by_lr(self.folders[size]).get(lr), size, what))
 
     def minent_arms(self, size: str) -> dict[float, list[RunLog]]:
         arms = by_lr(self.folders[size], "minent_length").get(HIGH)
-        return need(arms, size, f"train_rloo with reward=minent_length, lr={lr_text(HIGH)}")
+        what = f"train_rloo with reward=minent_length, lr={lr_text(HIGH)}"
+        return self.note(size, need(arms, size, what))
 
     def ablation(
         self, size: str, coefficient: float, lr: float, clip: float = 0.2, fill: float | None = None,

@@ -5,12 +5,11 @@ import math
 
 import numpy as np
 
-from evaluation.statistics import t_interval
-from study.arms import HIGH, SIZES, TENTH, Study, lr_text
+from study.arms import HIGH, TENTH, Interval, Study, lr_text
 from study.logs import RunLog
+from study.settings import SIZES
 from study.standing import (
     WINDOW,
-    Interval,
     best,
     every_over,
     last,
@@ -43,7 +42,7 @@ def kl_plateaus(study: Study) -> Claim:
         half = len(curves[0]) // 2
         middle = np.array([curve[half - WINDOW : half].mean() for curve in curves])  # (seeds,)
         end = np.array([last(run, "kl_full") for run in arms[coef]])  # (seeds,)
-        shares.append(t_interval((end - middle) / end))
+        shares.append(study.interval((end - middle) / end, "of the final KL"))
         described.append(f"{size} β = {coef:g}: KL {middle.mean():.2f} at half time, "
                          f"{end.mean():.2f} at the end (share {pm(shares[-1])})")
     return Claim(
@@ -86,7 +85,7 @@ def maxent_kl_linear(study: Study) -> Claim:
 # --- between updates
 
 
-def drift_growth(arm: list[RunLog]) -> Interval:
+def drift_growth(study: Study, arm: list[RunLog]) -> Interval:
     """KL between updates (TRL's approxkl_avg): third quarter of the updates over the second, log of the
     ratio.
 
@@ -98,7 +97,7 @@ def drift_growth(arm: list[RunLog]) -> Interval:
         drift = run.metrics["kl_prev/approxkl_avg"]
         third = drift[2 * quarter : 3 * quarter].mean()
         ratios.append(np.log(third / drift[quarter : 2 * quarter].mean()))
-    return t_interval(ratios)
+    return study.interval(ratios, "log ratio of the KL between updates")
 
 
 def ratio_text(intervals: dict[str, Interval]) -> str:
@@ -120,7 +119,7 @@ def kl_drift_bounded(study: Study) -> Claim:
     found = {}
     for size in SIZES:
         for coef, arm in study.kl_arms(size).items():
-            found[f"{size} β = {coef:g}"] = drift_growth(arm)
+            found[f"{size} β = {coef:g}"] = drift_growth(study, arm)
     return Claim(
         "KL-constrained runs keep the KL between updates bounded, even with a weak constraint",
         "4.2, Figures 3 and 12: \"PPO reliably maintains bounded KL updates between successive "
@@ -138,7 +137,7 @@ def maxent_drift_grows(study: Study) -> Claim:
     for size in SIZES:
         for lr, arms in study.maxent_by_lr(size).items():
             for coef, arm in arms.items():
-                found[f"{size} lr {lr_text(lr)} α = {coef:g}"] = drift_growth(arm)
+                found[f"{size} lr {lr_text(lr)} α = {coef:g}"] = drift_growth(study, arm)
     growing = np.mean([log[0] > 0 for log in found.values()])
     return Claim(
         "MaxEnt runs show a growing KL between updates, even those that behave well at first",
@@ -168,7 +167,7 @@ def clipping(study: Study) -> Claim:
             described.append(
                 f"lr {lr_text(lr)}, clip {clip:g}: gold {pm(s.gain)}, fall {pm(s.drop)} ({s}), "
                 f"KL {mean_last(arm, 'kl_full'):.2f}, clipped {percent(clipped)}, "
-                f"drift x {math.exp(drift_growth(arm)[0]):.2f}"
+                f"drift x {math.exp(drift_growth(study, arm)[0]):.2f}"
             )
     return Claim(
         "A tighter clip range does not prevent over-optimisation",

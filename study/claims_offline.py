@@ -4,9 +4,7 @@ import math
 
 import numpy as np
 
-from evaluation.statistics import t_interval
-from study.arms import OFFLINE_HIGH, OFFLINE_LOW, Study, lr_text
-from study.logs import select
+from study.arms import OFFLINE_HIGH, OFFLINE_LOW, Interval, Study, lr_text
 from study.standing import (
     arms_text,
     change,
@@ -28,7 +26,7 @@ GO_TOGETHER = 0.5  # correlation: from here on the claim holds,
 APART = 0.2  # below this it does not
 
 
-def mean_text(mean: tuple[float, float, float]) -> str:
+def mean_text(mean: Interval) -> str:
     if mean[1] > 0:
         return "positive"
     return "negative" if mean[2] < 0 else "near 0"
@@ -38,7 +36,8 @@ def reference_margins(study: Study) -> Claim:
     arm = study.offline("dpo", OFFLINE_HIGH)
     sums = np.concatenate([run.metrics["ref_margin"] for run in arm])
     per_token = np.concatenate([run.metrics["ref_margin_mean"] for run in arm])
-    mean = t_interval(arm[0].metrics["ref_margin"])  # of one pass: the seeds differ in their order only
+    batches = arm[0].metrics["ref_margin"]  # of one pass: the seeds differ in their order only
+    mean = study.interval(batches, "nats per sequence")
     low, high = np.quantile(SIMPO_BETA * per_token, [TAIL, 1 - TAIL])
     width = high - low
     sum_low, sum_high = np.quantile(sums, [TAIL, 1 - TAIL])
@@ -81,16 +80,20 @@ def simpo_high(study: Study) -> Claim:
     )
 
 
-def slope(gammas: list[float], values: np.ndarray) -> tuple[float, float, float]:
+def slope(study: Study, gammas: list[float], values: np.ndarray, unit: str) -> Interval:
     """Slope on gamma of values (gammas, seeds): the interval over the seeds."""
-    return t_interval([np.polyfit(gammas, of_seed, 1)[0] for of_seed in values.T])
+    slopes = [np.polyfit(gammas, of_seed, 1)[0] for of_seed in values.T]
+    return study.interval(slopes, f"{unit} per unit of γ")
 
 
 def margin_worsens(study: Study) -> Claim:
     arms = study.simpo_arms(OFFLINE_HIGH)
     gold = np.array([golds(arm) for arm in arms.values()])  # (gammas, seeds)
     chosen = np.array([[last(run, "logps/chosen") for run in arm] for arm in arms.values()])
-    slopes = {"gold": slope(list(arms), gold), "log π(chosen)": slope(list(arms), chosen)}
+    slopes = {
+        "gold": slope(study, list(arms), gold, "gold"),
+        "log π(chosen)": slope(study, list(arms), chosen, "nats per sequence"),
+    }
     return Claim(
         "At the high learning rate a larger margin makes it worse",
         "Appendix B: \"Increasing the margin exacerbates this issue\".",
@@ -105,7 +108,7 @@ def margin_worsens(study: Study) -> Claim:
 def simpo_low(study: Study) -> Claim:
     low = study.simpo_arms(OFFLINE_LOW)
     high = study.simpo_arms(OFFLINE_HIGH)
-    gain = t_interval(np.mean([golds(low[gamma]) - golds(high[gamma]) for gamma in low], axis=0))
+    gain = study.interval(np.mean([golds(low[gamma]) - golds(high[gamma]) for gamma in low], axis=0))
     found = standings(study, "small", low)
     holds = gain[1] > 0 and any(s.gain[1] > 0 for s in found)
     fails = gain[2] < 0 or all(s.gain[2] < 0 for s in found)
@@ -122,7 +125,7 @@ def simpo_low(study: Study) -> Claim:
 
 
 def likelihoods_fall(study: Study) -> Claim:
-    runs = select(study.folders["small"], "train_simpo", loss="simpo")
+    runs = study.arm("small", "train_simpo", loss="simpo")
     moved = np.array([change(run, "logps/chosen") for run in runs])
     r = np.corrcoef(moved, golds(runs))[0, 1]
     return Claim(
@@ -141,7 +144,7 @@ def likelihoods_fall(study: Study) -> Claim:
 def zero_margin(study: Study) -> Claim:
     dpo_arms = [study.offline("dpo", lr) for lr in (OFFLINE_HIGH, OFFLINE_LOW)]
     dpo = max(dpo_arms, key=lambda arm: golds(arm).mean())
-    gap = t_interval(win_rates(study.simpo_arms(OFFLINE_LOW)[0.0]) - win_rates(dpo))
+    gap = study.interval(win_rates(study.simpo_arms(OFFLINE_LOW)[0.0]) - win_rates(dpo), "of the win rate")
     return Claim(
         "SimPO without a margin can do as well as DPO",
         "Appendix B, citing the SimPO paper: \"methods such as SimPO can achieve performance "

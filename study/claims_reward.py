@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from evaluation.statistics import t_interval
-from study.arms import HIGH, SIZES, TENTH, TWENTIETH, Study, lr_text
+from study.arms import HIGH, TENTH, TWENTIETH, Study, lr_text
+from study.settings import SIZES
 from study.standing import (
     arms_text,
     best,
@@ -63,7 +63,7 @@ def lower_rate(study: Study) -> Claim:
     for size in SIZES:
         low = study.maxent_arms(size, TENTH)
         high = study.maxent_arms(size, HIGH)
-        gains[size] = t_interval(np.mean([golds(low[coef]) - golds(high[coef]) for coef in low], axis=0))
+        gains[size] = study.interval(np.mean([golds(low[coef]) - golds(high[coef]) for coef in low], axis=0))
     return Claim(
         "A lower learning rate makes MaxEnt more stable",
         "4.2: \"Lower learning rates improve stability\".",
@@ -113,7 +113,8 @@ def small_stable(study: Study) -> Claim:
 def coefficient_zero(study: Study) -> Claim:
     arms = study.maxent_arms("small", TENTH)
     without = win_rates(arms[0.0])
-    gains = {coef: t_interval(win_rates(arm) - without) for coef, arm in arms.items() if coef > 0}
+    gains = {coef: study.interval(win_rates(arm) - without, "of the win rate")
+             for coef, arm in arms.items() if coef > 0}
     return Claim(
         "1B: a coefficient of 0 does as well, so the gain is not the entropy's",
         "4.2, Figure 1: \"similar performance is achieved even when the entropy coefficient is set to "
@@ -212,7 +213,7 @@ def minent_small(study: Study) -> Claim:
     kl_arms = study.kl_arms("small")
     kl = win_rates(kl_arms[best(kl_arms)])
     found = {coef: standing(study, "small", arm) for coef, arm in arms.items()}
-    gaps = {coef: t_interval(win_rates(arm) - kl) for coef, arm in arms.items()}
+    gaps = {coef: study.interval(win_rates(arm) - kl, "of the win rate") for coef, arm in arms.items()}
     competitive = any(found[coef].over is False and gaps[coef][0] > -COMPARABLE for coef in arms)
     return Claim(
         "1B: MinEnt prevents over-optimisation at the high learning rate and is competitive with KL",

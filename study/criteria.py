@@ -13,9 +13,8 @@ import numpy as np
 from evaluation.statistics import t_interval
 from rlhf.pretrained import read_json
 from study.logs import read_columns
+from study.settings import SIZES, TEMPERATURE
 
-SIZES = ("small", "medium", "large")
-PAPER = 0.7  # the temperature of training and of the judged samples
 WINDOW = 8  # updates in a mean of the log
 GROUPS = (("free", "maxent"), ("simpo", "dpo"), ("kl",))  # ascending in gold; no order is claimed within one
 METHODS = [name for group in GROUPS for name in group]
@@ -76,7 +75,7 @@ def larger_error(differences: np.ndarray) -> float:  # (seeds, posts) -> the lar
 def size_helps(golds: dict[str, dict[str, list[list[float]]]]) -> tuple[bool, str]:
     """golds[size][temperature][seed of SFT]: gold of every post, the same posts everywhere."""
     passed, parts = True, []
-    for temperature in (str(0.0), str(PAPER)):
+    for temperature in (str(0.0), str(TEMPERATURE)):
         columns = [np.array(golds[size][temperature]) for size in SIZES]  # (seeds, posts) each
         steps = [more - less for less, more in zip(columns, columns[1:])]
         passed &= all(step.mean() > larger_error(step) for step in steps)
@@ -91,7 +90,7 @@ def not_temperature(
     golds: dict[str, list[float]], rows: dict[str, dict], seeds: list[int],
 ) -> tuple[bool, str]:
     at = {temperature: mean(values) for temperature, values in golds.items()}
-    by_temperature = max(at.values()) - at[str(PAPER)]
+    by_temperature = max(at.values()) - at[str(TEMPERATURE)]
     by_rloo = mean(gains(rows, "kl", seeds))
     table = ", ".join(f"SFT at {temperature}: {value:.2f}" for temperature, value in at.items())
     measured = f"{table}; another temperature gains {by_temperature:+.2f}, RLOO {by_rloo:+.2f}"

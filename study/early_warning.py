@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from study.arms import SIZES, Study
+from study.arms import Study
 from study.logs import RunLog, select
 from study.questions import table
+from study.settings import SIZES
 from study.standing import WINDOW, smoothed
 
 FELL = 0.1  # gold: a run that fell by more than this from its peak over-optimised;

@@ -20,11 +20,7 @@ Writes instrument.md, a section for RESULTS.md, and instrument.json.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -35,15 +31,13 @@ import torch
 
 from evaluation.judges import make_judge
 from rlhf.common import frozen
-from rlhf.config import RunError, UserError, command_line
+from rlhf.config import UserError, command_line
 from rlhf.data import read_meta
 from rlhf.generate import generate_all
 from rlhf.pretrained import from_pretrained, load_tokenizer, read_json
 from rlhf.summaries import Post, Summary, read_posts, sampled_summaries
 from study.criteria import (
     METHODS,
-    PAPER,
-    SIZES,
     fails,
     not_temperature,
     proxy,
@@ -52,6 +46,8 @@ from study.criteria import (
     size_helps,
     works,
 )
+from study.settings import OFFLINE, RLOO, RM, SAMPLED, SFT, SIZES, TEMPERATURE
+from study.tasks import Task, start_all
 
 SEEDS = (31, 32, 33, 34, 35)
 SFT_SEEDS = (31, 32, 33)
@@ -59,15 +55,7 @@ WORLD = 31
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
 OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
 
-# The demo's settings
-SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response"
-SFT += " --max_grad_norm=1"
-RM = "--lr=1.5e-3 --warmup=0.15 --max_grad_norm=0.5 --batch_size=32 --epochs=2"
-RM += " --train_rows=20000 --center_rows=500"
-RLOO = "--k=4 --batch_size=64 --episodes=9600 --ppo_epochs=1 --lr=2e-4 --schedule=constant"
-RLOO += " --temperature=0.7"
 REWARDS = {"kl": "kl:0.1", "free": "kl:0 --save_every=30 --keep=0", "maxent": "maxent_length:0.1"}
-OFFLINE = "--train_rows=5000 --batch_size=32 --lr=1e-4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,33 +65,6 @@ class Config:
     # size
     seeds: int = 5  # reward models, each with its own runs
     rows: int = 500  # posts that are judged
-
-
-# --- running
-
-
-@dataclass(frozen=True)
-class Task:
-    out: Path
-    command: str  # a script and its options, without --out_dir
-    done: str = "result.json"  # the file that says it is finished
-
-
-def start(task: Task, logs: Path, env: dict[str, str]) -> None:
-    if (task.out / task.done).exists():
-        return
-    log = logs / f"{task.out.parent.name}-{task.out.name}.log"
-    words = [sys.executable, *task.command.split(), f"--out_dir={task.out}"]
-    with open(log, "w") as handle:
-        code = subprocess.run(words, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | env).returncode
-    if code:
-        raise RunError(f"{task.command} ended with code {code}; its output is in {log}")
-    print(f"done: {task.out}", flush=True)
-
-
-def start_all(tasks: list[Task], logs: Path, env: dict[str, str]) -> None:
-    with ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count() or 1))) as pool:
-        list(pool.map(lambda task: start(task, logs, env), tasks))
 
 
 def pipeline(data: Path, base: str, to: Path, seeds: list[int], rows: int) -> list[list[Task]]:
@@ -118,12 +79,11 @@ def pipeline(data: Path, base: str, to: Path, seeds: list[int], rows: int) -> li
         offline = f"train_simpo.py {common} --model={sft} --seed={s} {OFFLINE}"
         runs += [Task(to / f"{loss}_s{s}", f"{offline} --loss={loss}") for loss in ("simpo", "dpo")]
     models = ",".join([str(sft), *(str(task.out) for task in runs)])
-    at = f"--temperature={PAPER} --sample_temperature={PAPER}"
     return [
         [Task(sft, f"train_sft.py {common} --model={base} --seed={first} {SFT}")],
         [Task(to / f"rm_s{s}", f"train_rm.py {common} --model={sft} --seed={s} {RM}") for s in seeds],
         runs,
-        [Task(to / "eval", f"{evaluate} --model={models} {at}", done="metrics.jsonl")] if runs else [],
+        [Task(to / "eval", f"{evaluate} --model={models} {SAMPLED}", done="sweep.csv")] if runs else [],
     ]
 
 
@@ -172,7 +132,7 @@ def right_on_samples(model: Path, reward_model: Path, data: Path, rows: int) -> 
     options = {"revision": "main", "device": device, "dtype": "float32", "micro_batch_tokens": 8192}
     proxy = make_judge("rm", reward_model=str(reward_model), data_dir=str(data), **options)
     gold = make_judge("gold", data_dir=str(data))
-    pair = [sampled(model, data, PAPER, rows, seed) for seed in (1, 2)]
+    pair = [sampled(model, data, TEMPERATURE, rows, seed) for seed in (1, 2)]
     scores, truth = (np.subtract(*(judge.score(*one) for one in pair)) for judge in (proxy, gold))
     differ = np.abs(truth) > 1e-9
     return float((scores * truth > 0)[differ].mean()) if differ.any() else float("nan")
@@ -194,22 +154,19 @@ def main(cfg: Config) -> None:
         raise UserError(f"--seeds={cfg.seeds} must be 2 to {len(SEEDS)}: an interval needs two")
     out, seeds = Path(cfg.out_dir), list(SEEDS[: cfg.seeds])
     logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    one = {"OMP_NUM_THREADS": "1"}
     make = f"data/toy.py --overwrite --seed={WORLD} --size="
     worlds = [Task(out / size / "data", make + size, "meta.json") for size in SIZES]
-    start_all(worlds, logs, one)
+    start_all(worlds, logs)
     medium, data = out / "medium", out / "medium" / "data"
     plans = {size: pipeline(out / size / "data", f"{out}/{size}/data/base", out / size,
                             seeds if size == "medium" else [], cfg.rows) for size in SIZES}
     for stage in zip(*plans.values()):
-        start_all([task for tasks in stage for task in tasks], logs, one)
-    start_all(other_sizes(out), logs, one)
+        start_all([task for tasks in stage for task in tasks], logs)
+    start_all(other_sizes(out), logs)
     other = out / "other_kernels"
     for tasks in pipeline(data, f"{data}/base", other, seeds[:1], cfg.rows):
-        for task in tasks:
-            start(task, logs, OTHER_KERNELS)
+        start_all(tasks, logs, OTHER_KERNELS, jobs=1)
 
     def temperatures() -> dict:
         return {size: {str(t): [gold_of(model, data, t, cfg.rows) for model in sft_models(out / size)]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.statistics import t_interval
-from study.arms import GAMMAS, HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, Study, lr_text
+from study.arms import GAMMAS, HIGH, OFFLINE_HIGH, OFFLINE_LOW, TENTH, Study, lr_text
 from study.fits import gao_fit
 from study.logs import RunLog, best_of_n_tables
+from study.settings import SIZES
 from study.standing import (
     golds,
     mean_change,
@@ -66,8 +66,8 @@ def margin_rows(study: Study, lr: float) -> list[list[str]]:
 
 def margin_verdict(study: Study, lr: float) -> str:
     fixed = golds(study.offline("simpo", lr, beta=BETA, gamma=FIXED_GAMMA))
-    adaptive = t_interval(golds(study.offline("dpo_length", lr)) - fixed)
-    dpo = t_interval(golds(study.offline("dpo", lr)) - fixed)
+    adaptive = study.interval(golds(study.offline("dpo_length", lr)) - fixed)
+    dpo = study.interval(golds(study.offline("dpo", lr)) - fixed)
     words = "not distinguishable from"
     if adaptive[1] > 0:
         words = "better than"
@@ -96,7 +96,7 @@ def beta_gap(study: Study, lr: float) -> str:
     small = study.simpo_arms(lr, SMALL_BETA)
     large = study.simpo_arms(lr, BETA)
     gaps = [golds(small[gamma]) - golds(large[gamma]) for gamma in GAMMAS if gamma > 0]
-    return f"lr {lr_text(lr)} {pm(t_interval(np.mean(gaps, axis=0)))}"
+    return f"lr {lr_text(lr)} {pm(study.interval(np.mean(gaps, axis=0)))}"
 
 
 def small_beta(study: Study) -> str:
@@ -127,7 +127,7 @@ def padding_fill(study: Study) -> str:
         for alpha in FILL_ALPHAS:
             masked = study.ablation("small", alpha, lr)
             filled = study.ablation("small", alpha, lr, fill=1.0)
-            gap = t_interval(golds(filled) - golds(masked))
+            gap = study.interval(golds(filled) - golds(masked))
             worse.append(gap[2] < 0)
             row = [lr_text(lr), f"{alpha:g}", gain_text(study, masked), gain_text(study, filled), pm(gap)]
             row += [f"{mean_last(arm, 'response_length'):.1f}" for arm in (masked, filled)]

@@ -1,5 +1,5 @@
-"""RESULTS.md from the runs of runs/study.sh: the paper's claims with their verdicts (claims.py), five
-questions that it leaves open (questions.py, early_warning.py), and the table of all arms.
+"""RESULTS.md from the runs of runs/study.sh: the paper's claims with their verdicts (claims.py,
+sequential.py), questions that it leaves open (questions.py, crossed.py, early_warning.py), and all arms.
 
     python -m study.results --study=out/study --out=RESULTS.md
 
@@ -14,17 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from safetensors.torch import load_file
 
-from evaluation.statistics import t_interval
 from rlhf.config import UserError, command_line
 from rlhf.out_dir import read_about
-from study.arms import HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Study, lr_text
+from study.arms import HIGH, OFFLINE_HIGH, OFFLINE_LOW, TENTH, TWENTIETH, Study, lr_text
 from study.claims import CLAIMS
+from study.crossed import crossed_section
 from study.early_warning import early_warning
 from study.logs import RunLog, best_of_n_tables, find_runs, select
 from study.questions import adaptive_margin, gold_over_kl, padding_fill, small_beta, table
+from study.sequential import LOOKS, Conclusion, conclude
+from study.settings import SIZES
 from study.standing import WINDOW, mean_last, percent, pm, standing, win_rates
-from study.verdict import FAILS, Claim
+from study.verdict import FAILS
 
 TRAINED = ("train_rloo", "train_simpo")  # the scripts whose runs are arms
 
@@ -32,6 +35,7 @@ TRAINED = ("train_rloo", "train_simpo")  # the scripts whose runs are arms
 @dataclass(frozen=True, kw_only=True)
 class Config:
     study: str = "out/study"  # what runs/study.sh wrote: folders small, medium, large
+    other: str = ""  # a study with other matrix kernels: whether it comes to the same verdicts
     out: str = "RESULTS.md"  # the report
 
 
@@ -98,9 +102,9 @@ def check_finished(run: RunLog) -> None:
 
 
 def extent(arm: list[RunLog]) -> tuple[list[int], list[int]]:
-    """The seeds of an arm, and the numbers of updates that its runs have."""
+    """The seeds of an arm up to the first look, and the numbers of updates that its runs have."""
     updates = {len(next(iter(run.metrics.values()))) for run in arm}
-    return [run.config["seed"] for run in arm], sorted(updates)
+    return [run.config["seed"] for run in arm if run.config["seed"] <= LOOKS[0]], sorted(updates)
 
 
 def extent_text(seeds: list[int], updates: list[int]) -> str:
@@ -108,8 +112,8 @@ def extent_text(seeds: list[int], updates: list[int]) -> str:
 
 
 def check_complete(study: Study) -> None:
-    """UserError unless every run is finished and evaluated, and all arms of a script have the same seeds
-    and lengths: arms are compared seed by seed."""
+    """UserError unless every run is finished and evaluated, and all arms of a script have the same first
+    seeds and lengths: arms are compared seed by seed."""
     for size, runs in study.folders.items():
         for script in TRAINED:
             found = select(runs, script)
@@ -133,33 +137,33 @@ cores, one run per core, torch {torch}; {runs} runs and {best_of_n} of best-of-n
 **The world** (`data/toy_world.py`): posts hide three to five facts among distractions; the gold reward of a
 summary is exact; fallible people with a liking for flourishes and length compare summaries; a reward model
 learns from 20,000 such choices and is right on {accuracy} of held-out ones. Three small GPT-NeoX models
-stand for the paper's three: small (0.13M parameters) for 1B, medium (0.66M) for 2.8B, large (1.9M) for
-6.9B; after SFT (learning rates 1.5e-3, 8e-4, 7e-4) their greedy summaries have gold {greedy} on 256 posts,
-where the human references have {references}. So a larger model is not a better one here. RLOO with k = 4,
-64 updates of 64 responses, 4 passes each, temperature 0.7, a learning rate that falls linearly to 0. The
-learning rates {high}, {tenth} and {twentieth} stand for the paper's 1e-6, 1e-7 and 5e-8; the first is a
-rate at which KL-constrained trial runs of the small and the medium model improved (a handful of MaxEnt
-trial runs at {high} and {tenth} were seen then, too). Offline {offline_high} and {offline_low} stand for
-1e-6 and 2e-7; the first was chosen by trial runs of DPO. What holds here need not hold for Pythia on TL;DR,
-and the other way round: `runs/paper_1b.sh` and its siblings are a similar grid there.
+stand for the paper's three: small for 1B, medium for 2.8B, large for 6.9B ({parameters} parameters); after
+SFT their greedy summaries have gold {greedy} on 256 posts, where the human references have {references}.
+RLOO with k = 4, 64 updates of 64 responses, 4 passes each, temperature 0.7, a learning rate that falls
+linearly to 0. The learning rates {high}, {tenth} and {twentieth} stand for the paper's 1e-6, 1e-7 and 5e-8:
+the first is a rate at which KL-constrained runs improve here. Offline {offline_high} and {offline_low} stand
+for 1e-6 and 2e-7. All rates were chosen by trial runs in another world (another seed of `data/toy.py`). What
+holds here need not hold for Pythia on TL;DR, and the other way round: `runs/paper_1b.sh` and its siblings
+are a similar grid there.
 
-**How to read the numbers.** {seeds} per arm. In RLOO each seed has its own reward model, prompts and
-samples; in SimPO and DPO its own order of the data. All share the SFT model of their size and the 20,000
-choices. ± is the half width of the 95 % interval of Student's t over the seeds, which with {of_them} is
-{deviations} standard deviations. `gold` is the mean gold reward of 500 validation summaries sampled at 0.7,
-as in training; `gold +0.10` means above the SFT model's, whose own standard error ({error}) is common to
-all arms of a size and not in their intervals. `fall` is how far the gold reward of the training samples
+**How to read the numbers.** Every arm has {first} seeds at least. A claim that its rule leaves open gets more
+for all arms that it reads, at looks fixed beforehand ({looks} seeds); each look has its own level, so that
+all looks together err in at most 5 % (`study/sequential.py`). In RLOO each seed has its own reward model,
+prompts and samples; in SimPO and DPO its own order of the data. All share the SFT model of their size and
+the 20,000 choices. ± is the half width of an interval of Student's t over the seeds: at the level of its
+look in the claims, of 95 % elsewhere. `gold` is the mean gold reward of 500 validation summaries sampled at
+0.7, as in training; `gold +0.10` means above the SFT model's, whose own standard error ({error}) is common
+to all arms of a size and not in their intervals. `fall` is how far the gold reward of the training samples
 (means of {window} updates) ended below its peak, the peak taken from the other seeds. An arm is
 over-optimised if the interval of its gold lies below SFT or that of its fall above 0. The win rate is the
 share of those 500 summaries with a higher gold reward than the human reference, ties as half. The paper
-judges greedy summaries; the SFT models' greedy ones come close to the references, which leaves little to
-gain, so sampled ones are judged (greedy gold is in the table of all arms; 500 posts for RLOO, 256 for SimPO
-and DPO). Mind what follows: a policy that only becomes more certain gains sampled gold, up to the distance
-between the SFT model's sampled gold ({sampled}) and its greedy gold. Where entropy falls, as under MinEnt
-or with a coefficient of 0, part of a gain is this.
+judges greedy summaries; here sampled ones are judged (greedy gold is in the table of all arms; 500 posts for
+RLOO, 256 for SimPO and DPO). Mind what follows: a policy that only becomes more certain gains sampled gold,
+up to the distance between the SFT model's sampled gold ({sampled}) and its greedy gold. Where entropy
+falls, as under MinEnt or with a coefficient of 0, part of a gain is this.
 
-The rules of the claims were written after those trial runs and before the first RLOO run of the study; the
-history of `study/claims*.py` shows what was changed since (wording, none of the thresholds).
+The rules of the claims are older than the runs; the history of `study/claims*.py` and `study/sequential.py`
+shows it.
 """
 
 PICTURES = {  # file: what it shows; all of the toy world
@@ -185,22 +189,14 @@ PICTURES = {  # file: what it shows; all of the toy world
 }
 
 
-def seed_words(seeds: int) -> dict[str, str]:
-    """What the head says of the number of seeds."""
-    word = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}.get(seeds, str(seeds))
-    mean, _, high = t_interval(range(seeds))
-    deviations = (high - mean) / np.std(range(seeds), ddof=1) if seeds > 1 else math.inf
-    return {
-        "seeds": f"{word.capitalize()} seed{'s' if seeds > 1 else ''}",
-        "of_them": f"{word} of them",
-        "deviations": f"{deviations:.1f}",
-    }
-
-
 def standard_error(summaries: Path) -> float:
     """Of the mean gold reward in a table of evaluate.py."""
     gold = pq.read_table(summaries, columns=["gold"])["gold"].to_numpy()
     return gold.std(ddof=1) / math.sqrt(len(gold))
+
+
+def parameters(model: Path) -> int:
+    return sum(weight.numel() for weight in load_file(model / "model.safetensors").values())
 
 
 def head(study: Study, root: Path) -> str:
@@ -226,11 +222,14 @@ def head(study: Study, root: Path) -> str:
         error=", ".join(f"{error:.3f} {size}" for size, error in errors.items()),
         window=WINDOW,
         sampled=", ".join(f"{study.sft(size)['gold']:.2f}" for size in SIZES),
-        **seed_words(len({run.config["seed"] for run in select(study.folders["small"], "train_rloo")})),
+        first=LOOKS[0],
+        looks=", ".join(map(str, LOOKS)),
+        parameters=", ".join(f"{parameters(root / size / 'sft') / 1e6:.2f}M" for size in SIZES),
     )
 
 
-def claim_section(i: int, claim: Claim) -> str:
+def claim_section(i: int, conclusion: Conclusion, elsewhere: str) -> str:
+    claim = conclusion.claim
     links = [f"[figure {name}](docs/figures/figure_{name}.png)" for name in claim.figures.split()]
     reason = ""
     if claim.reason and claim.verdict == FAILS:
@@ -238,19 +237,36 @@ def claim_section(i: int, claim: Claim) -> str:
     return (
         f"### {i}. {claim.title}\n\n*Paper:* {claim.paper}\n\n*Rule:* {claim.rule}\n\n*Here:* "
         f"{claim.ours} "
-        f"({', '.join(links) or 'see the table of all arms'}).\n\n**{claim.verdict}**{reason}\n"
+        f"({', '.join(links) or 'see the table of all arms'}). {conclusion.seeds} seeds, intervals of "
+        f"{100 * conclusion.level:g} %; differences that would have been seen with probability 0.8: "
+        f"{conclusion.power or 'none is judged by an interval'}.\n\n**{claim.verdict}**{elsewhere}{reason}\n"
     )
 
 
-def verdict_sections(claims: list[Claim]) -> list[str]:
-    count = Counter(claim.verdict for claim in claims)
+def other_kernels(conclusions: list[Conclusion], other: str) -> list[str]:
+    """What a study with other matrix kernels says of each claim; '' where there is none, or it agrees."""
+    if not other:
+        return [""] * len(conclusions)
+    folders = {size: find_runs(Path(other) / size) for size in SIZES}
+    there = [conclude(claim, folders) for claim in CLAIMS]
+    said = []
+    for c, t in zip(conclusions, there):
+        same = t.claim.verdict == c.claim.verdict
+        verdict = "the same" if same else f"{t.claim.verdict}, {t.seeds} seeds"
+        said.append(f" (with other matrix kernels: {verdict})")
+    return said
+
+
+def verdict_sections(conclusions: list[Conclusion], elsewhere: list[str]) -> list[str]:
+    count = Counter(c.claim.verdict for c in conclusions)
     counted = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
-    rows = [[i, claim.title, f"**{claim.verdict}**"] for i, claim in enumerate(claims, 1)]
+    rows = [[i, c.claim.title, f"**{c.claim.verdict}**", c.seeds] for i, c in enumerate(conclusions, 1)]
+    sections = [claim_section(i, *both) for i, both in enumerate(zip(conclusions, elsewhere), 1)]
     return [
-        f"## Verdicts\n\n{len(claims)} claims: {counted}.\n",
-        table(["", "claim", "verdict here"], rows),
+        f"## Verdicts\n\n{len(conclusions)} claims: {counted}.\n",
+        table(["", "claim", "verdict here", "seeds"], rows),
         "## The claims\n",
-        *(claim_section(i, claim) for i, claim in enumerate(claims, 1)),
+        *sections,
     ]
 
 
@@ -265,6 +281,8 @@ def open_questions(study: Study, root: Path) -> list[str]:
         padding_fill(study),
         "### Gold reward against KL\n\n![gold against KL](docs/figures/figure_gold_kl.png)\n",
         gold_over_kl(study, root),
+        "### How much is the reward model's luck?\n",
+        crossed_section(root),
         "### Which logged metric warns first?\n",
         early_warning(study),
     ]
@@ -276,21 +294,23 @@ def picture(name: str, shows: str) -> str:
 
 def main(cfg: Config) -> dict:
     root = Path(cfg.study)
-    study = Study({size: find_runs(root / size) for size in SIZES})
+    folders = {size: find_runs(root / size) for size in SIZES}
+    study = Study(folders)
     check_complete(study)
-    claims = [claim(study) for claim in CLAIMS]
+    conclusions = [conclude(claim, folders) for claim in CLAIMS]
+    first = {size: [run for run in runs if run.config["seed"] <= LOOKS[0]] for size, runs in folders.items()}
     parts = [
         head(study, root),
-        *verdict_sections(claims),
-        *open_questions(study, root),
+        *verdict_sections(conclusions, other_kernels(conclusions, cfg.other)),
+        *open_questions(Study(first), root),
         "## All arms\n",
         all_arms(study),
         "## Figures\n",
         *(picture(name, shows) for name, shows in PICTURES.items()),
     ]
     Path(cfg.out).write_text("\n".join(parts))
-    count = Counter(claim.verdict for claim in claims)
-    print(json.dumps({"claims": len(claims), **count, "out": cfg.out}))
+    count = Counter(c.claim.verdict for c in conclusions)
+    print(json.dumps({"claims": len(conclusions), **count, "out": cfg.out}))
     return dict(count)
 
 

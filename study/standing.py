@@ -1,7 +1,7 @@
 """How an arm stands: what is computed of a run's log and of an arm's seeds, and the words for it.
 
-`t_interval` is the 95 % interval of Student's t over the seeds; seed s of every arm has the same reward
-model and prompts, so two arms are compared seed by seed. Which runs are an arm: arms.py.
+Intervals are Student's t over the seeds (`Study.interval`); seed s of every arm has the same reward model and
+prompts, so two arms are compared seed by seed. Which runs are an arm: arms.py.
 """
 
 import math
@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.statistics import t_interval
-from study.arms import Study
+from study.arms import Interval, Study
 from study.logs import RunLog
 
 WINDOW = 8  # updates in a mean of the log: 512 summaries
-Interval = tuple[float, float, float]  # mean, low, high
 
 
 # --- one run
@@ -104,8 +102,8 @@ class Standing:
 
 
 def standing(study: Study, size: str, arm: list[RunLog]) -> Standing:
-    drop = t_interval(drops(arm)) if "gold" in arm[0].metrics else (math.nan,) * 3
-    return Standing(t_interval(golds(arm) - study.sft(size)["gold"]), drop)
+    drop = study.interval(drops(arm)) if "gold" in arm[0].metrics else (math.nan,) * 3
+    return Standing(study.interval(golds(arm) - study.sft(size)["gold"]), drop)
 
 
 def standings(study: Study, size: str, arms: dict[float, list[RunLog]]) -> list[Standing]:

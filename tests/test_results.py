@@ -13,9 +13,10 @@ import pytest
 from evaluation.statistics import t_interval
 from rlhf.config import UserError
 from study import claims, early_warning, questions, results
-from study.arms import GAMMAS, HIGH, OFFLINE_HIGH, OFFLINE_LOW, SIZES, TENTH, TWENTIETH, Study
+from study.arms import GAMMAS, HIGH, OFFLINE_HIGH, OFFLINE_LOW, TENTH, TWENTIETH, Study
 from study.claims import CLAIMS
 from study.logs import RunLog, find_runs, select
+from study.settings import SIZES
 from study.standing import Standing, drops, smoothed
 
 UPDATES = 64
@@ -244,7 +245,7 @@ def test_the_peak_of_noise_is_not_a_fall():
 
 
 def test_t_interval():
-    half = 4.303 / math.sqrt(3)
+    half = 4.302653 / math.sqrt(3)
     assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - half, 2 + half))
     assert t_interval([5.0]) == (5.0, -math.inf, math.inf)
     for n, quantile in ((6, 2.5706), (11, 2.2281), (31, 2.0423)):
@@ -281,21 +282,14 @@ def test_open_questions_are_answered(worlds, tmp_path):
     # at the low rate only: at the high one masked runs are as bad
     assert "worse in 2 of 4 settings" in questions.padding_fill(worlds[True])
     assert "worse than the fixed" in questions.adaptive_margin(worlds[True])
-    assert questions.small_beta(worlds[True]).count("\n| 3e-4") == 5
+    assert questions.small_beta(worlds[True]).count("\n| 1e-4") == 5
 
 
 def test_all_arms_are_listed(worlds):
     arms = results.all_arms(worlds[True])
-    assert "| small | RLOO maxent_length | fill 1.0 | 3e-4 | 1 | 3 |" in arms
-    assert "| medium | RLOO maxent_length | clip 0.0001 | 3e-4 | 0.1 | 3 |" in arms
-    assert "| small | dpo | β 0.05 | 3e-4 | 0 | 3 |" in arms
-
-
-def test_the_number_of_seeds_is_that_of_the_runs():
-    said = {"seeds": "Three seeds", "of_them": "three of them", "deviations": "2.5"}
-    assert results.seed_words(3) == said  # 4.303 / sqrt(3)
-    said = {"seeds": "Five seeds", "of_them": "five of them", "deviations": "1.2"}
-    assert results.seed_words(5) == said  # 2.776 / sqrt(5)
+    assert "| small | RLOO maxent_length | fill 1.0 | 1e-4 | 1 | 3 |" in arms
+    assert "| medium | RLOO maxent_length | clip 0.0001 | 1e-4 | 0.1 | 3 |" in arms
+    assert "| small | dpo | β 0.05 | 1e-4 | 0 | 3 |" in arms
 
 
 def test_runs_are_found_by_their_settings(tmp_path):

@@ -1,0 +1,14 @@
+"""The toy world's settings: one place for the demo's options, used by every study. runs/demo.sh and README.md
+print the same ones (tests/test_instrument.py compares them)."""
+
+SIZES = ("small", "medium", "large")
+TEMPERATURE = 0.7  # of training and of the judged samples (the paper's)
+SAMPLED = f"--temperature={TEMPERATURE} --sample_temperature={TEMPERATURE}"  # of evaluate.py
+
+SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response"
+SFT += " --max_grad_norm=1"
+RM = "--lr=1.5e-3 --warmup=0.15 --max_grad_norm=0.5 --batch_size=32 --epochs=2"
+RM += " --train_rows=20000 --center_rows=500"
+RLOO = "--k=4 --batch_size=64 --episodes=9600 --ppo_epochs=1 --lr=2e-4 --schedule=constant"
+RLOO += f" --temperature={TEMPERATURE}"
+OFFLINE = "--train_rows=5000 --batch_size=32 --lr=1e-4"
