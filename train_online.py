@@ -80,7 +80,7 @@ class Config:
     # comparison
     scorer: Literal["rm", "gold"] = "rm"  # whose scores: those of the model or function that is given, or the
     #   toy world's true ones
-    reward_mix: str = "mean"  # of several reward models: mean, min, uwo:0.1 (mean - 0.1 variance), softmin:1
+    reward_mix: str = "mean"  # of several: mean, min, uwo:0.1 (mean - 0.1 variance), softmin:1, first
     label: Literal["hard", "sampled", "soft"] = "hard"  # the higher score wins and ties are dropped; it wins
     #   with probability sigmoid(difference); or that probability itself, for the losses that read one
     missing_eos: Literal["replace", "subtract", "none"] = "replace"

@@ -65,7 +65,7 @@ class Config:
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
     #   the score of a response without EOS becomes -penalty, or loses penalty, or stays
     missing_eos_penalty: float = 1.0  # size of that penalty
-    reward_mix: str = "mean"  # of several reward models: mean, min, uwo:0.1 (mean - 0.1 variance), softmin:1
+    reward_mix: str = "mean"  # of several: mean, min, uwo:0.1 (mean - 0.1 variance), softmin:1, first
     score_after: str = ""  # only what follows this text in a response is scored (policies that think first)
     entropy_target: float | None = None  # nats per token: after each update the coefficient of maxent or
     #   maxent_length rises by --entropy_rate x (target - entropy), AER

@@ -8,6 +8,16 @@ from rlhf.policy import k1, k3
 from rlhf.rewards import ENTROPY_BONUS
 from rlhf.summaries import mean
 
+EQUAL = 1e-6  # gold rewards closer than this are equal: they are sums of tenths in floating point
+
+
+def gold_agreement(scores: Tensor, gold: Tensor) -> float:  # (N, K), (N, K)
+    """How often the scores order two responses of a prompt as gold does; nan where gold is equal for all."""
+    i, j = torch.triu_indices(gold.shape[1], gold.shape[1], offset=1)
+    by_gold, by_scores = (gold[:, i] - gold[:, j]), (scores[:, i] - scores[:, j])  # (N, pairs)
+    same = (by_gold * by_scores > 0)[by_gold.abs() > EQUAL]
+    return same.double().mean().item()
+
 
 def sample_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
     """What every script logs of its samples, (N, K, R) or (N, K) each.
@@ -20,6 +30,7 @@ def sample_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
         "scores": batch["scores"].mean().item(),
         "scores_std": batch["scores"].std().item(),
         **{name: batch[name].double().mean().item() for name in known},
+        **({"gold_agreement": gold_agreement(batch["scores"], batch["gold"])} if "gold" in batch else {}),
         "kl": masked_sum(k1(logprobs, ref_logprobs), mask).mean().item(),
         "kl_k3": masked_sum(k3(logprobs, ref_logprobs), mask).mean().item(),
         "kl_full": masked_sum(batch["kl_full"], mask).mean().item(),

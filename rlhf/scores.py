@@ -45,7 +45,12 @@ def softmin(scores: Tensor, beta: float = 1.0) -> Tensor:
     return -beta * ((-scores / beta).logsumexp(0) - math.log(len(scores)))
 
 
-MIXES = {"mean": mean, "min": worst, "uwo": uncertainty_weighted, "softmin": softmin}
+def first(scores: Tensor) -> Tensor:
+    """The first alone; the others watch: their spread is logged, `rm_std`."""
+    return scores[0]
+
+
+MIXES = {"mean": mean, "min": worst, "uwo": uncertainty_weighted, "softmin": softmin, "first": first}
 
 
 def parse_mix(text: str) -> Callable[[Tensor], Tensor]:
@@ -60,7 +65,7 @@ def parse_mix(text: str) -> Callable[[Tensor], Tensor]:
     except ValueError:
         coefficient = math.nan
     if len(signature(MIXES[name]).parameters) < 2 or not 0 < coefficient < math.inf:
-        raise UserError(f"--reward_mix={text}: uwo and softmin take a number above 0, mean and min none")
+        raise UserError(f"--reward_mix={text}: uwo and softmin take a number above 0, others none")
     return lambda scores: MIXES[name](scores, coefficient)
 
 

@@ -322,7 +322,7 @@ def test_a_mixture_needs_one_vocabulary(world, tmp_path):
         ({"compare_fn": "x.py:f", "scorer": "gold"}, "give one of"),
         ({"compare_fn": "x.py:f", "reward_model": "", "k": 4}, "compares two responses"),
         ({"compare_fn": "x.py:f", "reward_model": ""}, "--compare_fn=x.py:f: no such file"),
-        ({"reward_mix": "median"}, "--reward_mix=median: known are mean, min, uwo, softmin"),
+        ({"reward_mix": "median"}, "--reward_mix=median: known are mean, min, uwo, softmin, first"),
         ({"move_reference": True}, "--round_updates"),
         ({"temperature": 0.0}, "--temperature=0.0"),
         ({"batch_size": 33}, "not divisible"),

@@ -2,6 +2,7 @@
 a function that compares."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny import distance, log
 import average
 import train_rloo
 from rlhf.config import UserError
+from rlhf.metrics import gold_agreement
 from rlhf.model import EOS
 from rlhf.pretrained import from_pretrained, save_pretrained
 from rlhf.scores import MIXES, Scorer, after_marker, parse_mix
@@ -33,6 +35,7 @@ def test_mixes_by_hand():
     scores = torch.tensor([[[1.0, 5.0]], [[3.0, 5.0]]], dtype=torch.float64)  # two models, two responses
     close(parse_mix("mean")(scores), [[2.0, 5.0]])
     close(parse_mix("min")(scores), [[1.0, 5.0]])
+    close(parse_mix("first")(scores), [[1.0, 5.0]])
     close(parse_mix("uwo:0.5")(scores), [[1.5, 5.0]])  # variance 1
     close(parse_mix("uwo")(scores), [[1.9, 5.0]])
     # -log((e^-1 + e^-3) / 2)
@@ -41,7 +44,10 @@ def test_mixes_by_hand():
     close(parse_mix("softmin:1000")(scores), [[2.0, 5.0]], atol=1e-3)
 
 
-@pytest.mark.parametrize("text", ["median", "mean:1", "uwo:x", "uwo:-1", "softmin:0", "softmin:inf", ""])
+NO_MIX = ["median", "mean:1", "first:1", "uwo:x", "uwo:-1", "softmin:0", "softmin:inf", ""]
+
+
+@pytest.mark.parametrize("text", NO_MIX)
 def test_a_mix_that_is_none(text):
     with pytest.raises(UserError, match=f"--reward_mix={text}: "):
         parse_mix(text)
@@ -65,6 +71,26 @@ def test_the_spread_of_several_is_logged(tiny):
     assert set(json.loads((run / "run.json").read_text())["inputs"]["reward_model"]) >= {
         f"{tiny.root}/{rm}/model.safetensors" for rm in ("rm", "other_rm")
     }
+
+
+def test_a_model_that_watches_changes_nothing_but_the_log(tiny):
+    alone = tiny.run(train_rloo)
+    watched = tiny.run(train_rloo, reward_model="{world}/rm,{world}/other_rm", reward_mix="first")
+    assert distance(watched, alone) == 0
+    assert log(watched)[-1]["rm_std"] > 0.01
+
+
+def test_gold_agreement_by_hand():
+    """Pairs of responses of a prompt; those with equal gold are left out."""
+    gold = torch.tensor([[0.1, 0.5, 0.5], [1.0, 0.0, -1.0]])
+    scores = torch.tensor([[0.0, 2.0, 1.0], [5.0, 3.0, 4.0]])
+    assert gold_agreement(scores, gold) == pytest.approx((2 + 2) / (2 + 3))
+    assert gold_agreement(-scores, gold) == pytest.approx(1 / 5)
+    assert math.isnan(gold_agreement(scores, torch.zeros(2, 3)))
+
+
+def test_gold_agreement_is_logged_where_gold_is_known(tiny):
+    assert 0 <= log(tiny.run(train_rloo))[0]["gold_agreement"] <= 1
 
 
 def test_reward_models_of_another_tokenizer_are_one_line(prepare, models):
