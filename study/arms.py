@@ -24,11 +24,11 @@ Interval = tuple[float, float, float]  # mean, low, high
 UNABLATED = "invalid_logprob_fill=None and the clip range 0.2"  # what `without_ablations` keeps, for messages
 
 # the toy study of runs/study.sh
-HIGH = 1e-4  # learning rates of RLOO: for the paper's 1e-6,
-TENTH = 1e-5  # its 1e-7,
-TWENTIETH = 5e-6  # and its 5e-8
-OFFLINE_HIGH = 1e-4  # of SimPO and DPO: for the paper's 1e-6
-OFFLINE_LOW = 2e-5  # and its 2e-7
+HIGH = 2e-4  # learning rates of RLOO: for the paper's 1e-6,
+TENTH = 2e-5  # its 1e-7,
+TWENTIETH = 1e-5  # and its 5e-8
+OFFLINE_HIGH = 2e-4  # of SimPO and DPO: for the paper's 1e-6
+OFFLINE_LOW = 4e-5  # and its 2e-7
 GAMMAS = (0.0, 0.25, 0.5, 1.0, 2.0)  # SimPO's margins
 
 

@@ -1,9 +1,10 @@
 """What runs/study.sh runs for the paper's claims: the arms as a table, and the commands of their runs.
 
 Small, medium and large stand for the paper's 1B, 2.8B and 6.9B; the learning rates HIGH, TENTH and TWENTIETH
-for its 1e-6, 1e-7 and 5e-8 (online), OFFLINE_HIGH and OFFLINE_LOW for its 1e-6 and 2e-7. HIGH is a rate at
-which KL-constrained RLOO works here, OFFLINE_HIGH one at which DPO does (trial runs in another world).
-Seed s of an arm has its own reward model, prompts and samples.
+for its 1e-6, 1e-7 and 5e-8 (online), OFFLINE_HIGH and OFFLINE_LOW for its 1e-6 and 2e-7. In trial runs in
+another world KL-constrained RLOO gained gold at HIGH, and DPO at OFFLINE_HIGH but no more at twice that.
+Seed s of an arm has its own reward model, prompts and samples. A second reward model watches: what it
+scores is logged (rm_std), not learnt from.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ CROSSED = {"kl": "--reward=kl:0.1", "free": "--reward=kl:0"}  # reward models x 
 CROSSED_SEEDS = (1, 2, 3, 4)
 
 
+def watcher(seed: int) -> int:
+    """Whose reward model watches: one that is there when these seeds begin."""
+    return seed - 1 if seed > 1 else 2
+
+
 @dataclass(frozen=True)
 class Arm:
     size: str
@@ -34,7 +40,10 @@ class Arm:
         command = f"{self.script} --resume --data_dir={folder}/data --model={folder}/sft --seed={seed}"
         if self.script == "train_simpo.py":
             return Task(folder / f"{self.name}_s{seed}", f"{command} {OFFLINE} {self.options}")
-        command += f" --reward_model={folder}/rm_s{reward_model or seed} {ONLINE} {self.options}"
+        scorer = f"{folder}/rm_s{reward_model or seed}"
+        if not reward_model:
+            scorer += f",{folder}/rm_s{watcher(seed)} --reward_mix=first"
+        command += f" --reward_model={scorer} {ONLINE} {self.options}"
         to = f"crossed/{self.name}_rm{reward_model}_s{seed}" if reward_model else f"{self.name}_s{seed}"
         return Task(folder / to, command)
 

@@ -142,7 +142,8 @@ SFT their greedy summaries have gold {greedy} on 256 posts, where the human refe
 RLOO with k = 4, 64 updates of 64 responses, 4 passes each, temperature 0.7, a learning rate that falls
 linearly to 0. The learning rates {high}, {tenth} and {twentieth} stand for the paper's 1e-6, 1e-7 and 5e-8:
 the first is a rate at which KL-constrained runs improve here. Offline {offline_high} and {offline_low} stand
-for 1e-6 and 2e-7. All rates were chosen by trial runs in another world (another seed of `data/toy.py`). What
+for 1e-6 and 2e-7: DPO gains at the first, and no more at twice that. All rates were chosen by a handful of
+trial runs in another world (another seed of `data/toy.py`). What
 holds here need not hold for Pythia on TL;DR, and the other way round: `runs/paper_1b.sh` and its siblings
 are a similar grid there.
 

@@ -55,6 +55,10 @@ def rloo(
         "length_normalized_surprisal": 1 + bonus * t,
         "response_length": 10 + 5 * t * broken,
         "eos_share": 1 - 0.2 * t * broken,
+        "entropy": 0.3 - 0.1 * t,
+        "grad_norm": 1 + 0.1 * random.normal(size=UPDATES),
+        "rm_std": 0.2 + 0.3 * t * broken,
+        "gold_agreement": 0.7 - 0.3 * t * broken,
     }
     evaluation = {
         "gold": end + 0.005 * random.normal(),
@@ -269,6 +273,37 @@ def test_early_warning_finds_the_signal_that_warns(worlds):
     assert int(lines["spread of the RM score, rise"][0].split()[0]) < 40
 
 
+def test_auc_by_hand():
+    low, high = np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0])
+    assert early_warning.auc(low, high) == pytest.approx((1 + 0.5 + 3) / 6)
+    assert early_warning.auc(high, high) == 0.5 and math.isnan(early_warning.auc(low, low[:0]))
+
+
+def test_transitions_are_aligned():
+    """A signal that is 1 exactly at the updates after which gold falls has AUC 1; one update late, less."""
+    gold = np.where(np.arange(64) < 30, 0.5, 0.0)  # update 31 is the first low one
+    at = np.arange(1, 65)
+    falling = [(gold[t : t + 8].mean() - gold[t - 8 : t].mean()) < -0.05 for t in range(8, 57)]
+    signals = np.zeros(64)
+    signals[7:56] = falling  # entry t - 1 is update t
+    run = RunLog(Path("x"), "train_rloo", {}, {"gold": gold, "signal": signals, "step": at}, {}, {})
+    c = early_warning.course(run)
+
+    def exact(metric):
+        return signals[early_warning.AVERAGED - 1 :]
+
+    values, falls = early_warning.transitions(c, exact)
+    assert early_warning.auc(values[~falls], values[falls]) == 1 and falls.sum() == sum(falling)
+    values, falls = early_warning.transitions(c, lambda metric: np.roll(exact(metric), 2))
+    assert early_warning.auc(values[~falls], values[falls]) < 1
+
+
+def test_a_missing_number_is_the_one_before():
+    metrics = {"gold": np.ones(64), "rm": np.array([3.0, np.nan, np.nan, 5.0] * 16)}
+    c = early_warning.course(RunLog(Path("x"), "train_rloo", {}, metrics, {}, {}))
+    assert early_warning.averages(c)("rm")[0] == pytest.approx((3 + 3 + 3 + 5) / 4)
+
+
 def test_open_questions_are_answered(worlds, tmp_path):
     for size in SIZES:
         (tmp_path / size / "best_of_n_s1").mkdir(parents=True)
@@ -282,14 +317,14 @@ def test_open_questions_are_answered(worlds, tmp_path):
     # at the low rate only: at the high one masked runs are as bad
     assert "worse in 2 of 4 settings" in questions.padding_fill(worlds[True])
     assert "worse than the fixed" in questions.adaptive_margin(worlds[True])
-    assert questions.small_beta(worlds[True]).count("\n| 1e-4") == 5
+    assert questions.small_beta(worlds[True]).count("\n| 2e-4") == 5
 
 
 def test_all_arms_are_listed(worlds):
     arms = results.all_arms(worlds[True])
-    assert "| small | RLOO maxent_length | fill 1.0 | 1e-4 | 1 | 3 |" in arms
-    assert "| medium | RLOO maxent_length | clip 0.0001 | 1e-4 | 0.1 | 3 |" in arms
-    assert "| small | dpo | β 0.05 | 1e-4 | 0 | 3 |" in arms
+    assert "| small | RLOO maxent_length | fill 1.0 | 2e-4 | 1 | 3 |" in arms
+    assert "| medium | RLOO maxent_length | clip 0.0001 | 2e-4 | 0.1 | 3 |" in arms
+    assert "| small | dpo | β 0.05 | 2e-4 | 0 | 3 |" in arms
 
 
 def test_runs_are_found_by_their_settings(tmp_path):
