@@ -13,6 +13,7 @@ finite is a result, too. Scored checkpoints are deleted. Writes figure_field.png
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from math import ceil
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from rlhf.config import command_line
 from rlhf.losses import PREFERENCE_LOSSES, RANKED, defaults
+from rlhf.out_dir import read_about
 from study import online
 from study.claims_field import claims_section
 from study.field_table import field_section
@@ -41,7 +43,7 @@ from study.pipeline import (
 )
 from study.plan import WORLD
 from study.plot import save
-from study.tasks import Task, start_all, start_chains
+from study.tasks import JOBS, Task, start_all, start_chains
 
 FACTORS = {"x0.33": 1 / 3, "x1": 1.0, "x3": 3.0}  # of the learning rate
 POINTS = 8  # checkpoints of a run that are scored
@@ -248,6 +250,13 @@ def seconds_per_run(name: str, seeds: list[int], out: Path) -> list[float]:
     return [known[run] for run in runs if run in known]
 
 
+def provenance(cfg: Config) -> str:
+    about = read_about(Path(cfg.out_dir) / "sft")
+    return (f"(`python -m study.field --seeds={cfg.seeds} --episodes={cfg.episodes}`, begun "
+            f"{about['started'].split()[0]}, {os.cpu_count()} cores, {JOBS} runs at a time, torch "
+            f"{about['torch']}.)\n")
+
+
 def main(cfg: Config) -> dict:
     names, seeds = names_in(cfg.only, EVERYTHING), seeds_in(cfg.seeds)
     out = Path(cfg.out_dir)
@@ -260,7 +269,7 @@ def main(cfg: Config) -> dict:
         spent = {name: seconds_per_run(name, seeds, out) for name in shown}
         sections.append(field_section(shown, METHODS, seeds, spent))
     sections.append(claims_section(field))
-    (out / "field.md").write_text("\n".join(sections))
+    (out / "field.md").write_text("\n".join([*sections, provenance(cfg)]))
     result = {"methods": len(shown), "seeds": len(seeds), "table": str(out / "field.md")}
     print(json.dumps(result))
     return result

@@ -142,4 +142,5 @@ def field_section(
         methods=len(rows), seeds=len(seeds), runs=len(first) * len(seeds), others=len(rows) - 1,
         sft=next(iter(first.values()))[0].gold[0],
     )
-    return f"{text}\n{table(header, cells)}"
+    alone = "" if len(seeds) > 1 else "**One seed**: everything is chosen by the seed itself.\n\n"
+    return f"{text}\n{alone}{table(header, cells)}"

@@ -1,5 +1,4 @@
-"""The whole field: its plan, what is read off the courses of its runs, its table, its picture, and the claims
-from the literature by made-up runs in which each holds and in which each does not."""
+"""The whole field: its plan, what is read off the courses of its runs, its table and its picture."""
 
 import json
 from dataclasses import fields
@@ -12,8 +11,8 @@ from test_online_study import configured
 from evaluation.statistics import holm, t_interval, t_test
 from rlhf.config import UserError, parser
 from rlhf.losses import PREFERENCE_LOSSES
-from study import claims_field, field, online
-from study.claims_field import RULES, judge, p_and_side
+from study import field, online
+from study.claims_field import RULES
 from study.field import ARMS, EVERYTHING, FACTORS, FAMILIES, METHODS, Config, chain
 from study.field_table import compared, field_section, row
 from study.figures_field import figure_field, spread_out
@@ -210,14 +209,6 @@ def test_behind_the_best_of_the_other_seeds():
     assert behind_best(highest) == pytest.approx(np.array([[-0.3, 0, 0], [0, -0.2, -0.2]]))
 
 
-def test_p_of_a_claim_with_two_contrasts():
-    sure, unsure = np.array([0.1, 0.11, 0.12, 0.1]), np.array([0.1, -0.05, 0.12, 0.1])
-    assert p_and_side([sure, unsure]) == (t_test(unsure), True)
-    assert p_and_side([sure, -unsure]) == (pytest.approx(2 * t_test(unsure)), False)
-    assert p_and_side([-sure, -unsure]) == (pytest.approx(2 * t_test(sure)), False)
-    assert p_and_side([]) == (1.0, False)
-
-
 # --- table and picture
 
 
@@ -290,86 +281,74 @@ def test_labels_are_spread_out():
     assert spread_out([0.9, 0.02, 0.0], 0.1) == pytest.approx([0.96 - 0.02, 0.1, 0.0], abs=0.05)
 
 
-# --- claims from the literature
-
-FELL = dict(end=0.45, peak=0.7, kl=9.0)  # past its peak, below the SFT model
-CASES = {  # rule: what makes it hold; what makes it not hold; the rest of the field decides nothing
-    "A KL penalty": (
-        dict(rloo_long=arm(0.7, kl=1.2), free=arm(0.9, kl=5.76), weak=arm(0.8, kl=3)),
-        dict(rloo_long=arm(0.9, kl=1.2), free=arm(0.6, kl=9), weak=arm(0.8, kl=3)),
-    ),
-    "Direct alignment": (
-        {name: arm(0.6, peak=0.7 + i / 200) for i, name in enumerate(RULES[1].reads)},
-        {name: arm(0.7 + i / 200) for i, name in enumerate(RULES[1].reads)},
-    ),
-    "chi-PO": (
-        dict(chipo_small_beta=arm(0.72), chipo=arm(0.73), dpo_small_beta=arm(0.4), dpo=arm(0.7)),
-        dict(chipo_small_beta=arm(0.2), chipo=arm(0.73), dpo_small_beta=arm(0.6), dpo=arm(0.7)),
-    ),
-    "Online beats": (
-        dict(online_dpo=arm(0.9, kl=4), dpo_all=arm(0.7, kl=4), dpo=arm(0.6, kl=4)),
-        dict(online_dpo=arm(0.65, kl=4), dpo_all=arm(0.7, kl=4), dpo=arm(0.6, kl=4)),
-    ),
-    "Ensembles": (
-        {"free": arm(**FELL, at=0.25)} | {name: arm(**FELL, at=0.75) for name in RULES[4].reads[1:]},
-        {"free": arm(**FELL, at=0.75)} | {name: arm(**FELL, at=0.25) for name in RULES[4].reads[1:]},
-    ),
-    "Eq. 7": (
-        dict(attached_1=arm(0.6, length=12), maxent_1=arm(0.6, length=10)),
-        dict(attached_1=arm(0.6, length=9), maxent_1=arm(0.6, length=10)),
-    ),
-}
+# --- from the runs to the page
 
 
-def verdicts(arms: dict[str, list[Course]]) -> dict[str, str]:
-    claims = judge({name: {"x1": found} for name, found in arms.items()})
-    return {claim.title: claim.verdict for claim in claims}
+def write_field(out: Path, names: list[str], cfg: Config) -> None:
+    """What finished runs leave, checkpoints deleted: logs, sweeps, seconds."""
+    def about(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"command": "x.py", "config": {}, "started": "2026-11-21 12:00:00", "torch": "2.13"}
+        (folder / "run.json").write_text(json.dumps(told))
+
+    def scored(model: Path, kl: float, gold: float) -> str:
+        return json.dumps({"model": str(model), "kl_full": kl, "gold": gold, "response_length": 9}) + "\n"
+
+    about(out / "sft")
+    (out / "sft/metrics.jsonl").write_text('{"step": 1}\n')
+    for i, name in enumerate(names):
+        for seed in (1, 2):
+            lines = [scored(out / "sft", 0, SFT)]
+            for factor, height in zip(FACTORS, (0.6, 0.7, 0.65)):
+                (task,) = chain(name, factor, seed, cfg)
+                about(task.out)
+                (task.out / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+                gold = height + 0.1 * i + 0.002 * seed
+                lines.append(scored(task.out / "ckpt/step_00000001", 1.0, gold))
+                lines.append(scored(task.out, 4.0, gold - 0.1))
+                with (out / "seconds.txt").open("a") as file:
+                    file.write(f"{task.out.name} 12\n")
+            (out / f"eval_{name}_s{seed}").mkdir()
+            (out / f"eval_{name}_s{seed}/metrics.jsonl").write_text("".join(lines))
 
 
-@pytest.mark.parametrize("start", CASES)
-def test_each_claim_holds_and_does_not(start):
-    """A rule whose arms are not there is not decided, and the others count in the correction."""
-    for arms, verdict in zip(CASES[start], ("holds", "does not hold")):
-        found = verdicts(arms)
-        decided = [title for title, said in found.items() if said != "not decided here"]
-        assert [(title[: len(start)], found[title]) for title in decided] == [(start, verdict)], start
+def test_the_page_from_finished_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    cfg = Config(out_dir=str(tmp_path), seeds="1,2", only="dpo,rloo")
+    write_field(tmp_path, ["dpo", "rloo"], cfg)
+    monkeypatch.setattr(field, "run_all", lambda *args: None)
+    assert field.main(cfg)["methods"] == 2
+    text = (tmp_path / "field.md").read_text()
+    (rloo,) = [line for line in text.splitlines() if line.startswith("| RLOO (`rloo`)")]
+    cells = [cell.strip() for cell in rloo.split("|")[1:-1]]
+    assert cells[1].startswith("0.80 ± 0.01") and cells[4] == "the best"
+    assert cells[5].startswith("0.80 ±") and cells[6].startswith("0.73 ±") and cells[7] == ""
+    assert cells[8:13] == ["1.0 ± 0.0", "0.10 ± 0.00", "x1", "0.70 / 0.80 / 0.75", "12"]
+    assert text.count("**not decided here**") == 2 * len(RULES) and "begun 2026-11-21" in text
+    assert (tmp_path / "figure_field.png").exists()
 
 
-def test_all_claims_at_once():
-    for side, verdict in enumerate(("holds", "does not hold")):
-        arms = {name: found for case in CASES.values() for name, found in case[side].items()}
-        arms |= {name: found for name, found in CASES["Direct alignment"][side].items() if name != "dpo"}
-        assert list(verdicts(arms).values()).count(verdict) >= 5
+def test_stages_of_a_seed(tmp_path, monkeypatch):
+    """Reward models before the runs that ask them, and none for offline methods; checkpoints are deleted when
+    they have been scored."""
+    done = []
 
+    def finish(task) -> None:
+        done.append(task.out.name)
+        if "_x" in task.out.name:
+            write_log(task, 5)
+            (task.out / "ckpt").mkdir()
+        if task.out.name.startswith("eval"):
+            assert (tmp_path / "dpo_x1_s2/ckpt").exists()
 
-def test_what_is_within_the_spread_is_not_decided():
-    """Direct alignment falls by as much as counts as none: at less, its claim would not hold."""
-    arms = {name: arm(end=0.6 + 1e-4 * i, noise=0.1) for i, name in enumerate(EVERYTHING)}
-    margin = claims_field.MARGIN
-    arms |= {name: arm(0.6 + 1e-4 * i, 0.6 + margin, noise=0.02) for i, name in enumerate(RULES[1].reads)}
-    assert set(verdicts(arms).values()) == {"not decided here"}
-
-
-def test_premises():
-    """DPO that does not fall, one reward model that does not over-optimise, KLs that are not reached, and a
-    single seed."""
-    stays = dict(chipo_small_beta=arm(0.9), chipo=arm(0.7), dpo_small_beta=arm(0.75), dpo=arm(0.7))
-    rises = {"free": arm(0.8)} | {name: arm(0.9, kl=9) for name in RULES[4].reads[1:]}
-    short = dict(online_dpo=arm(0.9, kl=0.1), dpo_all=arm(0.7), dpo=arm(0.6))
-    one = {name: found[:1] for name, found in CASES["Ensembles"][0].items()}
-    for arms in (stays, rises, short, one):
-        assert set(verdicts(arms).values()) == {"not decided here"}
-
-
-def test_the_rules_read_arms_of_the_plan():
-    assert {name for rule in RULES for name in rule.reads} <= set(EVERYTHING)
-    assert set(ARMS) <= {name for rule in RULES for name in rule.reads}
-    for claim in judge({}):
-        assert claim.verdict == "not decided here" and claim.ours.startswith("no runs of ")
-
-
-def test_the_section_of_claims():
-    arms = CASES["Ensembles"][0]
-    text = claims_field.claims_section({name: {"x1": found} for name, found in arms.items()})
-    assert "| 5 | Ensembles and averaged reward models postpone the peak | **holds** |" in text
-    assert json.dumps(text) and text.count("**not decided here**") == 2 * 5
+    monkeypatch.setattr(field, "start_all", lambda tasks, logs: [finish(task) for task in tasks])
+    monkeypatch.setattr(field, "start_chains", lambda chains, logs: [finish(t) for c in chains for t in c])
+    cfg = Config(out_dir=str(tmp_path))
+    field.run_all(["dpo", "rloo"], [2], cfg)
+    models = ["rm", "rm_2", "rm_3", "rm_average"]
+    runs = [f"{name}_{factor}_s2" for name in ("dpo", "rloo") for factor in FACTORS]
+    assert done == ["data", "sft", *models, *runs, "eval_dpo_s2", "eval_rloo_s2"]
+    assert not list(tmp_path.glob("*/ckpt"))
+    assert field.preparation(["dpo"], 2, tmp_path) == []
+    made_of = [field.preparation(["rloo"], seed, tmp_path)[0] for seed in (1, 2, 3)]
+    assert len({task.command.split("--seed=")[1] for tasks in made_of for task in tasks}) == 9
