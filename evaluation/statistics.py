@@ -70,6 +70,31 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     return middle, middle - half, middle + half
 
 
+def t_test(values: Sequence[float]) -> float:
+    """Two-sided p that the mean of a few independent numbers (seeds) is 0, by Student's t; 1 for one."""
+    n = len(values)
+    if n < 2:
+        return 1.0
+    middle = math.fsum(values) / n
+    error = math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (n - 1) / n)
+    if error == 0:
+        return 1.0 if middle == 0 else 0.0
+    return 1.0 - t_inside(abs(middle) / error, n - 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several questions, corrected for their number (Holm 1979): the smallest of m times m,
+    the next times m - 1, ..., none below the one before it. Below 0.05 all of them together err in at most
+    5 %."""
+    m = len(p_values)
+    corrected = [1.0] * m
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def win_rate(preferences: list[float]) -> dict[str, float | int | None]:
     """Share won with ties as half, its 95 % interval, the share of ties, and how many had no verdict."""
     values = judged(preferences)

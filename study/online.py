@@ -1,10 +1,12 @@
-r"""Every way to learn from one's own samples, side by side: the commands of runs/online.sh, and its table.
+"""Every way to learn from one's own samples, side by side in the toy world: runs them, and prints a table.
 
-    python -m study.online --commands --out=out/online    a line per run that is not finished: name, commands
-    python -m study.online --table --out=out/online       a markdown table of what each came to
+    python -m study.online --out_dir=out/online             (JOBS=2 runs at a time)
+    python -m study.online --out_dir=out/online --table     runs nothing: the table of what is there
 
-Per method the mean over seeds and their standard deviation: gold reward, KL to the SFT model and length of
-sampled summaries of the final model (evaluate.py); mean seconds of all its steps on one core.
+All start from one SFT model and one reward model (some: three). Run again, it goes on where it was stopped; a
+finished run is not run again. Per method the mean over seeds and their standard deviation: gold reward, KL to
+the SFT model and length of sampled summaries of the final model (evaluate.py); mean seconds of all its steps
+on one core.
 """
 
 import re
@@ -12,22 +14,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config import UserError, command_line
+from rlhf.config import command_line
 from study.logs import RunLog, find_runs
 from study.losses import cells_of
+from study.pipeline import (
+    average,
+    names_in,
+    reward_models,
+    seconds_of,
+    seeds_in,
+    sft_model,
+    steps,
+    sweep,
+    world,
+)
+from study.tasks import ONE_THREAD, Task, start, start_all, start_chains
 
-# What methods of one script have in common. {run}: a method's folder, {run}_data: what it selected.
-SAMPLED = "--batch_size=64 --episodes={episodes} --lr=2e-4"
-COMMON = {
-    "train_rloo.py": f"--k=4 {SAMPLED} --ppo_epochs=1 --schedule=constant",
-    "train_ppo.py": f"{SAMPLED} --ppo_epochs=1 --schedule=constant",
-    "train_online.py": SAMPLED,
-    "sample.py": "--rows=800",
-    "train_sft.py": "--batch_size=16 --lr=3e-4 --warmup=0.05 --loss_on=response --max_grad_norm=1",
-    "train_simpo.py": "--batch_size=32 --lr=1e-4",
-}
+REWARD_MODEL_SEEDS = (1, 2, 3)
+ROWS = 300  # posts that are judged
+
 ROUND = "--round_updates={third} --move_reference"
-ENSEMBLE = "train_rloo.py --reward=kl:0.1 --reward_model={out}/rm,{out}/rm_2,{out}/rm_3"
+ENSEMBLE = "train_rloo.py --reward=kl:0.1 --reward_model={models}/rm,{models}/rm_2,{models}/rm_3"
 # {name: (method, arXiv, its commands)}
 METHODS = {
     "rloo": ("RLOO", "2402.14740", "train_rloo.py --reward=kl:0.1"),
@@ -55,7 +62,7 @@ METHODS = {
     "uwo": ("3, uncertainty-weighted", "2310.02743", f"{ENSEMBLE} --reward_mix=uwo:0.5"),
     "softmin": ("soft minimum of 3", "", f"{ENSEMBLE} --reward_mix=softmin:0.5"),
     "warm": ("averaged weights of 3 (WARM)", "2401.12187",
-             "train_rloo.py --reward=kl:0.1 --reward_model={out}/rm_average"),
+             "train_rloo.py --reward=kl:0.1 --reward_model={models}/rm_average"),
     "function": ("a function as the reward", "",
                  "train_rloo.py --reward=kl:0.1 --reward_model= --reward_fn=study/online.py:faithful"),
     "thinking": ("an answer after a marker (RLMT)", "2509.20357",
@@ -85,12 +92,13 @@ METHODS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    out: str  # the folder that runs/online.sh fills: data, sft, rm, rm_2, rm_3, rm_average, and the runs
-    commands: bool = False  # print what is to be run
-    table: bool = False  # print what came of it
-    seeds: str = "1,2,3"  # of --commands
-    episodes: int = 2560  # of --commands: responses that a run of RL samples
-    only: str = ""  # of --commands: some of the methods, joined by ','
+    # I/O
+    out_dir: str  # data, sft, rm, rm_2, rm_3, rm_average, and the runs
+    table: bool = False  # run nothing, print the table of what is there
+    # size
+    seeds: str = "1,2,3"  # of every method
+    episodes: int = 2560  # responses that a run of RL samples
+    only: str = ""  # some of the methods, joined by ','
 
 
 def faithful(prompts: list[str], texts: list[str]) -> list[float]:
@@ -104,34 +112,18 @@ def faithful(prompts: list[str], texts: list[str]) -> list[float]:
     return scores
 
 
-def steps(name: str, seed: int, cfg: Config) -> list[str]:
-    """The commands of a run; a later option overrides an earlier one."""
-    out = cfg.out
-    run = f"{out}/{name}_s{seed}"
-    commands = []
-    data = f"{out}/data"
-    for step in METHODS[name][2:]:
-        script, _, own = step.partition(" ")
-        models = f"--model={out}/sft"
-        if script not in ("train_sft.py", "train_simpo.py"):
-            models += f" --reward_model={out}/rm"
-        to = f"{run}_data" if script == "sample.py" else run
-        options = f"--data_dir={data} {models} --out_dir={to} --seed={seed} {COMMON[script]} {own}"
-        words = {"run": run, "out": out, "episodes": cfg.episodes, "third": cfg.episodes // 64 // 3 + 1}
-        commands.append(f"python {script} --resume {options}".format(**words).strip())
-        data = to if script == "sample.py" else data
-    return commands
-
-
-def finished(name: str, seed: int, out: str) -> bool:
-    return Path(f"{out}/{name}_s{seed}/result.json").exists()
+def chain(name: str, seed: int, cfg: Config) -> list[Task]:
+    """The tasks of a method's run, one after the other."""
+    out = Path(cfg.out_dir)
+    run = out / f"{name}_s{seed}"
+    return steps(METHODS[name][2:], run, seed, out=out, models=out, episodes=cfg.episodes)
 
 
 def short(name: str) -> str:
     """The commands as the table shows them: what tells this method from others."""
     shown = []
     for step in METHODS[name][2:]:
-        text = step.format(run="mpo", out="", third="N", episodes="").replace("=/", "=").replace(",/", ",")
+        text = step.format(run="mpo", models="", third="N").replace("=/", "=").replace(",/", ",")
         shown.append(re.sub(r" --(out_dir=\S+|rows=\d+|reward_model=(?= ))", "", text))
     return ", ".join(f"`{text}`" for text in shown)
 
@@ -141,15 +133,6 @@ COLUMNS: dict[str, Callable[[RunLog], float]] = {
     "KL": lambda run: run.evaluation["kl_full"],
     "tokens": lambda run: run.evaluation["response_length"],
 }
-
-
-def seconds_of(out: Path) -> dict[str, float]:
-    """{run: seconds}, from the lines that runs/online.sh writes: a run that was interrupted has several."""
-    lines = (out / "seconds.txt").read_text().split("\n") if (out / "seconds.txt").exists() else []
-    total: dict[str, float] = {}
-    for name, seconds in (line.split() for line in lines if line.strip()):
-        total[name] = total.get(name, 0.0) + float(seconds)
-    return total
 
 
 def table(out: Path) -> list[str]:
@@ -172,19 +155,18 @@ def table(out: Path) -> list[str]:
 
 
 def main(cfg: Config) -> None:
-    if cfg.commands == cfg.table:
-        raise UserError("give --commands or --table")
-    if cfg.table:
-        print("\n".join(table(Path(cfg.out))))
-        return
-    names = cfg.only.split(",") if cfg.only else list(METHODS)
-    if unknown := set(names) - set(METHODS):
-        raise UserError(f"--only={cfg.only}: unknown: {', '.join(sorted(unknown))}; "
-                        f"known: {', '.join(METHODS)}")
-    for seed in map(int, cfg.seeds.split(",")):
-        for name in names:
-            if not finished(name, seed, cfg.out):
-                print(f"{name}_s{seed}", " && ".join(steps(name, seed, cfg)))
+    names, seeds = names_in(cfg.only, METHODS), seeds_in(cfg.seeds)
+    out = Path(cfg.out_dir)
+    if not cfg.table:
+        logs = out / "logs"
+        start_all(world(out), logs)
+        start_all(sft_model(out), logs)
+        start_all(reward_models(out, out, REWARD_MODEL_SEEDS), logs)
+        start_all(average(out), logs)
+        start_chains([chain(name, seed, cfg) for seed in seeds for name in names], logs)
+        models = [f"{out}/sft", f"{out}/*_s[0-9]"]
+        start(sweep(out, "eval", models, ROWS), logs, ONE_THREAD)  # goes on with what is new
+    print("\n".join(table(out)))
 
 
 if __name__ == "__main__":

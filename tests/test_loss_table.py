@@ -37,7 +37,7 @@ def test_table_of_losses(tmp_path, capsys):
     write_run(tmp_path, "dpo_s1", "train_simpo", [-10.0] * 16, loss="dpo")
     evaluated = dict(sft=(0.5, 0.0, 20), simpo_s1=(0.7, 8, 20), simpo_s2=(0.8, 12, 30), dpo_s1=(0.9, 3, 25))
     write_sweep(tmp_path, **evaluated)
-    losses.main(losses.Config(runs=str(tmp_path)))
+    losses.main(losses.Config(out_dir=str(tmp_path), table=True))
     assert capsys.readouterr().out.splitlines() == [
         "| loss | seeds | gold | KL | tokens | change of log π(chosen) | seconds |",
         "|---|---|---|---|---|---|---|",

@@ -2,7 +2,6 @@
 reward and as what compares."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -16,16 +15,17 @@ import train_sft
 import train_simpo
 from rlhf.config import RunError, UserError, parser
 from rlhf.reward_fn import load_reward_fn, rewards_of
-from study import online, plot, samples
+from study import losses, online, pipeline, plot, samples
+from study.tasks import Task, given
 
 ROOT = Path(__file__).parents[1]
 
 
-def configured(command: str):
-    """The configuration that a command line of the project gives."""
+def configured(task: Task):
+    """The script of a task, and the configuration that its command line gives."""
     import sample
 
-    python, script, *options = shlex.split(command)
+    script, *options = task.words
     modules = {m.__name__: m for m in (train_rloo, train_ppo, train_online, train_sft, train_simpo, sample)}
     module = modules[script.removesuffix(".py")]
     return module, module.Config(**vars(parser(module.Config, None).parse_args(options)))
@@ -34,9 +34,10 @@ def configured(command: str):
 @pytest.mark.parametrize("name", online.METHODS)
 def test_every_method_is_a_valid_command(name):
     """Every option is known, and the script's own check passes; the pipeline's ends meet."""
-    cfg = online.Config(out="out/x", episodes=3200)
-    for command in online.steps(name, 2, cfg):
-        module, given = configured(command)
+    cfg = online.Config(out_dir="out/x", episodes=3200)
+    chain = online.chain(name, 2, cfg)
+    for task in chain:
+        module, given = configured(task)
         if hasattr(module, "with_options"):
             given = module.with_options(given)
             given = given[0] if isinstance(given, tuple) else given
@@ -44,22 +45,74 @@ def test_every_method_is_a_valid_command(name):
             module.check(given)
         assert given.seed == 2 and given.resume
     assert given.out_dir == f"out/x/{name}_s2"
-    first = configured(online.steps(name, 2, cfg)[0])[1]
+    first = configured(chain[0])[1]
     assert first.data_dir == "out/x/data"
     if len(online.METHODS[name]) > 3:
         assert given.data_dir == first.out_dir == f"out/x/{name}_s2_data"
 
 
-def test_commands_are_those_of_what_is_not_finished(tmp_path, capsys):
-    (tmp_path / "rloo_s1").mkdir()
-    (tmp_path / "rloo_s1/result.json").write_text("{}")
-    online.main(online.Config(out=str(tmp_path), commands=True, seeds="1,2", only="rloo,xpo"))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["xpo_s1", "rloo_s2", "xpo_s2"]
+# as scripts before study/pipeline.py wrote them, where a run of them is to go on
+EARLIER = {
+    "rloo": [
+        "train_rloo.py --resume --data_dir=o/data --model=o/sft --reward_model=o/rm --out_dir=o/rloo_s1 "
+        "--seed=1 --k=4 --batch_size=64 --episodes=2560 --lr=2e-4 --ppo_epochs=1 --schedule=constant "
+        "--reward=kl:0.1",
+    ],
+    "ensemble": [
+        "train_rloo.py --resume --data_dir=o/data --model=o/sft --reward_model=o/rm --out_dir=o/ensemble_s1 "
+        "--seed=1 --k=4 --batch_size=64 --episodes=2560 --lr=2e-4 --ppo_epochs=1 --schedule=constant "
+        "--reward=kl:0.1 --reward_model=o/rm,o/rm_2,o/rm_3",
+    ],
+    "mpo": [
+        "sample.py --resume --data_dir=o/data --model=o/sft --reward_model=o/rm --out_dir=o/mpo_s1_data "
+        "--seed=1 --rows=800 --select=gap --k=4 --gap=0.5",
+        "train_simpo.py --resume --data_dir=o/mpo_s1_data --model=o/sft --out_dir=o/mpo_s1 --seed=1 "
+        "--batch_size=32 --lr=1e-4 --loss=dpo --beta=0.1 --out_dir=o/mpo_s1_dpo",
+        "train_rloo.py --resume --data_dir=o/mpo_s1_data --model=o/sft --reward_model=o/rm "
+        "--out_dir=o/mpo_s1 --seed=1 --k=4 --batch_size=64 --episodes=2560 --lr=2e-4 --ppo_epochs=1 "
+        "--schedule=constant --reward=kl:0.1 --model=o/mpo_s1_dpo",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_runs_of_earlier_scripts_are_known_as_finished(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chain = online.chain(name, 1, online.Config(out_dir="o"))
+    for task, command in zip(chain, EARLIER[name], strict=True):
+        assert not task.finished()
+        task.out.mkdir(parents=True)
+        (task.out / "result.json").write_text("{}")
+        (task.out / "run.json").write_text(json.dumps({"command": command, "config": {}}))
+        assert task.finished()
+        other = command.replace("--seed=1", "--seed=2")
+        (task.out / "run.json").write_text(json.dumps({"command": other, "config": {}}))
+        assert not task.finished()
+
+
+def test_what_earlier_scripts_prepared_is_known_as_finished():
+    out = Path("o")
+    found = [*pipeline.sft_model(out), *pipeline.reward_models(out, out, (1, 2, 3)),
+             *losses.tasks("dpo", 2, out)]
+    rm = ("train_rm.py --resume --data_dir=o/data --model=o/sft --out_dir=o/{} --seed={} --lr=1.5e-3 "
+          "--warmup=0.15 --max_grad_norm=0.5 --batch_size=32 --epochs=2 --train_rows=20000 "
+          "--center_rows=500")
+    earlier = [
+        "train_sft.py --resume --data_dir=o/data --model=o/data/base --init=scratch --out_dir=o/sft "
+        "--lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response --max_grad_norm=1",
+        rm.format("rm", 1), rm.format("rm_2", 2), rm.format("rm_3", 3),
+        "train_simpo.py --resume --data_dir=o/data --model=o/sft --loss=dpo --seed=2 --train_rows=5000 "
+        "--batch_size=32 --lr=1e-4 --out_dir=o/dpo_s2",
+    ]
+    assert [given(task.words) for task in found] == [given(command.split()) for command in earlier]
+
+
+def test_options_of_the_studies():
     with pytest.raises(UserError, match="--only=rlo: unknown: rlo; known: rloo"):
-        online.main(online.Config(out="x", commands=True, only="rlo"))
-    with pytest.raises(UserError, match="--commands or --table"):
-        online.main(online.Config(out="x"))
+        online.main(online.Config(out_dir="x", only="rlo"))
+    for seeds in ("", "1,", "1,a", "1,1", "0"):
+        with pytest.raises(UserError, match=f"--seeds={seeds}: whole numbers from 1"):
+            online.main(online.Config(out_dir="x", seeds=seeds))
 
 
 def test_table_of_methods(tmp_path, capsys):
@@ -67,8 +120,8 @@ def test_table_of_methods(tmp_path, capsys):
     for name, script in (("rloo_s1", "train_rloo"), ("rloo_s2", "train_rloo"), ("ppo_s1", "train_ppo")):
         write_run(tmp_path, name, script, [0.0], **({"kl_coef": 0.1} if script == "train_ppo" else {}))
     write_sweep(tmp_path, sft=(0.5, 0.0, 20), rloo_s1=(0.7, 1, 20), rloo_s2=(0.8, 2, 30), ppo_s1=(0.9, 3, 25))
-    (tmp_path / "seconds.txt").write_text("rloo_s1 10\nrloo_s1 5\nrloo_s2 17\n")
-    online.main(online.Config(out=str(tmp_path), table=True))
+    (tmp_path / "seconds.txt").write_text("rloo_s1 10\nrloo_s1_data 5\nrloo_s2 17\n")
+    online.main(online.Config(out_dir=str(tmp_path), table=True))
     assert capsys.readouterr().out.splitlines() == [
         "| method | arXiv | command | gold | KL | tokens | seconds |",
         "|---|---|---|---|---|---|---|",

@@ -20,7 +20,7 @@ from study.logs import RunLog, read_reward
 from study.plan import ARMS, Arm
 from study.sequential import LOOKS, SPENT, conclude, look, wanted
 from study.settings import SIZES
-from study.tasks import Task, start_all
+from study.tasks import Task, start_all, start_chains
 from study.verdict import Claim, decide
 
 PUBLISHED = [  # degrees of freedom, level, quantile: tables of Student's t
@@ -172,6 +172,31 @@ def test_a_failure_is_told_and_ends_the_rest(tmp_path):
     with pytest.raises(RunError, match=re.compile("fails.py .*code 1: no such world", re.S)):
         start_all(tasks, tmp_path / "logs", jobs=1)
     assert not (tmp_path / "b19").exists()
+
+
+DIVERGES = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[-1].partition("=")[2])
+out.mkdir()
+(out / "run.json").write_text(json.dumps({"command": " ".join(sys.argv), "config": {}}))
+raise SystemExit("error: step 3: loss nan, gradient norm nan: not finite. The weights were not updated")
+"""
+
+
+def test_a_run_that_diverges_is_a_result_and_ends_its_chain(tmp_path):
+    diverges = script(tmp_path / "diverges.py", DIVERGES)
+    writes = script(tmp_path / "writes.py", WRITES)
+    chains = [[Task(tmp_path / f"{name}1", script, may_diverge=True), Task(tmp_path / f"{name}2", writes)]
+              for name, script in (("a", diverges), ("b", writes))]
+    start_chains(chains, tmp_path / "logs")
+    first, second = chains
+    assert first[0].finished() and first[0].diverged() and not first[1].out.exists()
+    assert all(task.finished() and not task.diverged() for task in second)
+    begun = (tmp_path / "seconds.txt").read_text().splitlines()
+    assert sorted(line.split()[0] for line in begun) == ["a1", "b1", "b2"]
+    start_chains(chains, tmp_path / "logs")  # both scripts would fail at mkdir
+    with pytest.raises(RunError, match="code 1: error: step 3: loss nan"):
+        start_all([Task(tmp_path / "c", diverges)], tmp_path / "logs")
 
 
 def test_variance_parts():
