@@ -139,7 +139,7 @@ def evaluation(folder: Path, name: str, models: str, sft: Path) -> Task:
     return Task(folder / name, f"{command} --judge=gold --n={ROWS} {SAMPLED}", "sweep.csv")
 
 
-def evaluations(out: Path, tasks: list[Task]) -> list[Task]:
+def evaluations(out: Path, tasks: list[Task], with_sft: bool) -> list[Task]:
     """One sweep per size over these runs; named after the first seed and the last."""
     found = []
     for size in reversed(SIZES):
@@ -147,6 +147,7 @@ def evaluations(out: Path, tasks: list[Task]) -> list[Task]:
         runs = [task.out for task in tasks if task.out.parent == folder]
         seeds = sorted({int(run.name.rpartition("_s")[2]) for run in runs})
         if runs:
-            models = ",".join(map(str, runs))
-            found.append(evaluation(folder, f"eval_s{seeds[0]}_{seeds[-1]}", models, folder / "sft"))
+            sft = folder / "sft"
+            models = ",".join(map(str, [sft, *runs] if with_sft else runs))
+            found.append(evaluation(folder, f"eval_s{seeds[0]}_{seeds[-1]}", models, sft))
     return found

@@ -206,7 +206,8 @@ def head(study: Study, root: Path) -> str:
     reward_models = [run for runs in study.folders.values() for run in select(runs, "train_rm")]
     accuracies = [run.result["accuracy"] for run in reward_models]
     greedy = {size: study.arm(size, "train_sft")[0].result["greedy/gold"] for size in SIZES}
-    errors = {size: standard_error(root / size / "eval/sft/summaries.parquet") for size in SIZES}
+    judged = {size: next((root / size).glob("eval_s*/sft/summaries.parquet")) for size in SIZES}
+    errors = {size: standard_error(file) for size, file in judged.items()}
     return HEAD.format(
         date=about["started"].split()[0],
         torch=about["torch"],

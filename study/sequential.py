@@ -107,9 +107,7 @@ def main(cfg: Config) -> None:
         start_all(reward_models(out, {size: set(new) for size in online}), logs)
         runs = [arm.task(out, seed) for seed in new for arm in arms]
         start_all(runs, logs)
-        first = [evaluation(out / size, "eval_sft", str(out / size / "sft"), out / size / "sft")
-                 for size in SIZES] if index == 0 else []
-        start_all(first + evaluations(out, runs), logs)
+        start_all(evaluations(out, runs, with_sft=index == 0), logs)
         before = seeds
     start_all(best_of_n(out, range(1, LOOKS[0] + 1)), logs)
     start_all(crossed(out), logs)
