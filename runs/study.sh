@@ -19,7 +19,7 @@ if [ "${PARTS:-runs}" = runs ]; then
     fi
 fi
 other=""
-[ -e ${out}_other/small/crossed/eval/sweep.csv ] && other=${out}_other
+if [ -e ${out}_other/small/crossed/eval/sweep.csv ]; then other=${out}_other; fi
 
 folders=small=$out/small,medium=$out/medium,large=$out/large
 figures=docs/figures report=RESULTS.md
@@ -29,5 +29,6 @@ for figure in 1 2 3 4 5 6 7 8 9 10 11 12 gold_kl proxy_gold best_of_n reward_gol
     python -m study.plot --figure=$figure --runs=$folders --out=$figures/figure_$figure.png \
         --caption="toy world, 4 seeds or more$each: mean and range"
 done
+if [ -e out/field/figure_field.png ]; then cp out/field/figure_field.png $figures; fi
 python -m study.results --study=$out --other="$other" --out=$report
 echo "$report and $figures after $((SECONDS - began)) seconds"

@@ -191,7 +191,9 @@ def main(cfg: Config) -> None:
         "5 not temperature": not_temperature(at_sft, rows, seeds),
         "6 robust": robust(rows, evaluations(other), seeds),
     }
-    lines = ["| criterion | | measured |", "|---|---|---|"]
+    lines = ["## Is the world fit to measure with?", "", "`python -m study.instrument`; what each criterion "
+             "asks for stands at the top of that file.", ""]
+    lines += ["| criterion | | measured |", "|---|---|---|"]
     for name, (passed, measured) in criteria.items():
         verdict = "pass" if passed else "FAIL"
         print(f"{name}: {verdict}\n    {measured}")

@@ -36,6 +36,8 @@ TRAINED = ("train_rloo", "train_simpo")  # the scripts whose runs are arms
 class Config:
     study: str = "out/study"  # what runs/study.sh wrote: folders small, medium, large
     other: str = ""  # a study with other matrix kernels: whether it comes to the same verdicts
+    instrument: str = "out/instrument"  # what study/instrument.py wrote, if it was run,
+    field: str = "out/field"  # and study/field.py
     out: str = "RESULTS.md"  # the report
 
 
@@ -290,6 +292,12 @@ def open_questions(study: Study, root: Path) -> list[str]:
     ]
 
 
+def section_of(folder: str, file: str) -> list[str]:
+    """What another study wrote, if it was run; its pictures are in docs/figures (runs/study.sh)."""
+    path = Path(folder) / file
+    return [path.read_text().replace("](figure_", "](docs/figures/figure_")] if path.exists() else []
+
+
 def picture(name: str, shows: str) -> str:
     return f"![{name}](docs/figures/figure_{name}.png)\n*Toy world; {shows}.*\n"
 
@@ -305,6 +313,8 @@ def main(cfg: Config) -> dict:
         head(study, root),
         *verdict_sections(conclusions, other_kernels(conclusions, cfg.other)),
         *open_questions(Study(first), root),
+        *section_of(cfg.field, "field.md"),
+        *section_of(cfg.instrument, "instrument.md"),
         "## All arms\n",
         all_arms(study),
         "## Figures\n",

@@ -320,6 +320,14 @@ def test_open_questions_are_answered(worlds, tmp_path):
     assert questions.small_beta(worlds[True]).count("\n| 2e-4") == 5
 
 
+def test_sections_of_other_studies(tmp_path):
+    (tmp_path / "field.md").write_text("## The field\n\n![gold](figure_field.png)\n")
+    assert results.section_of(str(tmp_path), "field.md") == [
+        "## The field\n\n![gold](docs/figures/figure_field.png)\n"
+    ]
+    assert results.section_of(str(tmp_path), "instrument.md") == []
+
+
 def test_all_arms_are_listed(worlds):
     arms = results.all_arms(worlds[True])
     assert "| small | RLOO maxent_length | fill 1.0 | 2e-4 | 1 | 3 |" in arms
