@@ -10,7 +10,8 @@ reward of the SFT training references is subtracted: a reward of 0 means "as goo
 
 CPU, toy world (three minutes; accuracy 0.71):
     python train_rm.py --data_dir=out/toy/data --model=out/toy/sft --out_dir=out/toy/rm --lr=1.5e-3 \
-        --warmup=0.15 --max_grad_norm=0.5 --batch_size=32 --epochs=2 --train_rows=20000 --center_rows=500
+        --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --epochs=1.5 --train_rows=20000 \
+        --center_rows=500
 GPU, Pythia 1B (accuracy published there: 0.629):
     python train_rm.py --data_dir=out/tldr --model=out/1b/sft --out_dir=out/1b/rm
 """
