@@ -7,8 +7,8 @@ SAMPLED = f"--temperature={TEMPERATURE} --sample_temperature={TEMPERATURE}"  # o
 
 SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response"
 SFT += " --max_grad_norm=1"
-# Adam's epsilon of 1e-5 (the paper's) is as large as a weight's gradient here: with it a reward model may
-# read the surface for a thousand updates before it compares a summary with its post
+# With Adam's epsilon at 1e-5 (the paper's) a reward model may read the surface for a thousand updates before
+# it compares a summary with its post; by its seed it ends right on 57 to 71 %. With 1e-8 it soon compares.
 RM = "--lr=1.5e-3 --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --epochs=1.5"
 RM += " --train_rows=20000 --center_rows=500"
 RLOO = "--k=4 --batch_size=64 --episodes=9600 --ppo_epochs=1 --lr=1.7e-4 --schedule=constant"
