@@ -8,9 +8,9 @@ is N(0, 1/sqrt(C+1)); the reward is read at the last token of the response, its 
 reward of the SFT training references is subtracted: a reward of 0 means "as good as a reference"
 (--center=false leaves it out). Leaves out: dropout, standardising the reward's scale (as there).
 
-CPU, toy world (three minutes; accuracy 0.71):
-    python train_rm.py --data_dir=out/toy/data --model=out/toy/sft --out_dir=out/toy/rm --lr=1.5e-3 \
-        --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --epochs=1.5 --train_rows=20000 \
+CPU, toy world (a minute and a half), from scratch: study/settings.py says why
+    python train_rm.py --data_dir=out/toy/data --model=out/toy/data/base --init=scratch --out_dir=out/toy/rm \
+        --lr=1.5e-3 --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --train_rows=20000 \
         --center_rows=500
 GPU, Pythia 1B (accuracy published there: 0.629):
     python train_rm.py --data_dir=out/tldr --model=out/1b/sft --out_dir=out/1b/rm
@@ -49,6 +49,8 @@ class Config:
     data_dir: str  # prepared data (data/tldr.py or data/toy.py)
     model: str  # the SFT model: Hugging Face directory, run directory or hub id
     revision: str = "main"  # revision of a hub id
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    #   scratch: only the config and the tokenizer of --model are read
     out_dir: str  # the run: model, metrics.jsonl, checkpoints
     resume: bool = False  # continue the newest checkpoint of out_dir
     overwrite: bool = False  # replace an existing run in out_dir
@@ -72,7 +74,7 @@ class Config:
     wandb: str = ""  # Weights & Biases project that gets the log too (pip install wandb)
     tensorboard: bool = False  # the log also as out_dir/tensorboard (pip install tensorboard)
     # system
-    seed: int = 1  # data order and the weights of the head
+    seed: int = 1  # data order, the weights of the head, with --init=scratch all weights
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #   of matrix products; auto: bfloat16 on CUDA, float32 on CPU
@@ -132,8 +134,8 @@ def main(cfg: Config) -> dict:
         return out.earlier_result()
 
     model = load_model(
-        cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, head="score", new_head=True, seed=cfg.seed,
-        device=device, dtype=cfg.dtype, compiled=cfg.compile, sharded=True,
+        cfg.model, data_dir=cfg.data_dir, revision=cfg.revision, init=cfg.init, head="score", new_head=True,
+        seed=cfg.seed, device=device, dtype=cfg.dtype, compiled=cfg.compile, sharded=True,
     )
     tokenizer = load_tokenizer(cfg.model, cfg.revision)
     uses = [("pairs_train", cfg.train_rows, 0)]

@@ -193,7 +193,7 @@ def from_pretrained(
 
     head      "embed_out" (language model) or "score" (reward model)
     init      "pretrained", or "scratch": only config.json is read, weights are drawn from `seed`
-    new_head  start a reward model from a language model: the backbone is loaded, `score` drawn from `seed`
+    new_head  start a reward model from a language model or from scratch: `score` is drawn from `seed`
     dtype     of matrix products, "auto", "float32" or "bfloat16". The weights are float32 in memory: in
               bfloat16 they would not move at a learning rate of 1e-6
     sharded   under torchrun each rank holds some rows of each weight (dist.py)
@@ -231,10 +231,10 @@ def from_pretrained(
             )
         skip = ("score.weight", "embed_out.weight") if new_head else ()
         load_weights(model, directory, skip)
-        if new_head:
-            std = 1 / math.sqrt(config.hidden_size + 1)
-            noise = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed))
-            fill(model.score.weight, noise * std)
+    if new_head:
+        std = 1 / math.sqrt(config.hidden_size + 1)
+        noise = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed))
+        fill(model.score.weight, noise * std)
     return model
 
 

@@ -10,10 +10,10 @@ began=$SECONDS
 common="--data_dir=$out/data --resume"
 python train_sft.py $common --model=$out/data/base --init=scratch --out_dir=$out/sft --lr=2e-3 \
     --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response --max_grad_norm=1
-python train_rm.py $common --model=$out/sft --out_dir=$out/rm --lr=1.5e-3 --warmup=0.1 \
-    --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --epochs=1.5 --train_rows=20000 --center_rows=500
+python train_rm.py $common --model=$out/data/base --init=scratch --out_dir=$out/rm --lr=1.5e-3 \
+    --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --train_rows=20000 --center_rows=500
 rloo="python train_rloo.py $common --model=$out/sft --reward_model=$out/rm --k=4 --batch_size=64
-    --episodes=9600 --ppo_epochs=1 --lr=1.7e-4 --schedule=constant"
+    --episodes=9600 --ppo_epochs=1 --lr=3.5e-4 --schedule=constant"
 $rloo --reward=kl:0.1 --out_dir=$out/rloo_kl
 $rloo --reward=kl:0 --out_dir=$out/rloo_free
 $rloo --reward=maxent_length:0.1 --out_dir=$out/rloo_maxent

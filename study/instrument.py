@@ -48,9 +48,9 @@ from study.criteria import (
 from study.settings import OFFLINE, RLOO, RM, SAMPLED, SFT, SIZES, TEMPERATURE
 from study.tasks import Task, start_all
 
-SEEDS = (51, 52, 53, 54, 55)
-SFT_SEEDS = (51, 52, 53)
-WORLD = 51
+SEEDS = (61, 62, 63, 64, 65)
+SFT_SEEDS = (61, 62, 63)
+WORLD = 61
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
 OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
 
@@ -80,7 +80,7 @@ def pipeline(data: Path, base: str, to: Path, seeds: list[int], rows: int) -> li
     models = ",".join([str(sft), *(str(task.out) for task in runs)])
     return [
         [Task(sft, f"train_sft.py {common} --model={base} --seed={first} {SFT}")],
-        [Task(to / f"rm_s{s}", f"train_rm.py {common} --model={sft} --seed={s} {RM}") for s in seeds],
+        [Task(to / f"rm_s{s}", f"train_rm.py {common} --model={base} --seed={s} {RM}") for s in seeds],
         runs,
         [Task(to / "eval", f"{evaluate} --model={models} {SAMPLED}", done="sweep.csv")] if runs else [],
     ]

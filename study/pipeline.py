@@ -44,7 +44,7 @@ def sft_model(out: Path) -> list[Task]:
 
 def reward_models(out: Path, models: Path, seeds: tuple[int, int, int]) -> list[Task]:
     """Three, in the folder `models`: rm, rm_2 and rm_3."""
-    command = f"train_rm.py --resume --data_dir={out}/data --model={out}/sft {RM} --seed="
+    command = f"train_rm.py --resume --data_dir={out}/data --model={out}/data/base {RM} --seed="
     return [Task(models / name, f"{command}{seed}") for name, seed in zip(("rm", "rm_2", "rm_3"), seeds)]
 
 

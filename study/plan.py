@@ -108,7 +108,7 @@ def reward_models(out: Path, seeds: dict[str, set[int]]) -> list[Task]:
     tasks = []
     for size in reversed(SIZES):
         folder = out / size
-        command = f"train_rm.py --resume --data_dir={folder}/data --model={folder}/sft {RM} --seed="
+        command = f"train_rm.py --resume --data_dir={folder}/data --model={folder}/data/base {RM} --seed="
         tasks += [Task(folder / f"rm_s{s}", f"{command}{s}") for s in sorted(seeds.get(size, ()))]
     return tasks
 

@@ -94,8 +94,8 @@ def test_what_earlier_scripts_prepared_is_known_as_finished():
     out = Path("o")
     found = [*pipeline.sft_model(out), *pipeline.reward_models(out, out, (1, 2, 3)),
              *losses.tasks("dpo", 2, out)]
-    rm = ("train_rm.py --resume --data_dir=o/data --model=o/sft --out_dir=o/{} --seed={} --lr=1.5e-3 "
-          "--warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --epochs=1.5 "
+    rm = ("train_rm.py --resume --data_dir=o/data --model=o/data/base --init=scratch --out_dir=o/{} "
+          "--seed={} --lr=1.5e-3 --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 "
           "--train_rows=20000 --center_rows=500")
     earlier = [
         "train_sft.py --resume --data_dir=o/data --model=o/data/base --init=scratch --out_dir=o/sft "
