@@ -40,9 +40,9 @@ class Arm:
         command = f"{self.script} --resume --data_dir={folder}/data --model={folder}/sft --seed={seed}"
         if self.script == "train_simpo.py":
             return Task(folder / f"{self.name}_s{seed}", f"{command} {OFFLINE} {self.options}")
-        scorer = f"{folder}/rm_s{reward_model or seed}"
+        scorer = f"{out}/rm_s{reward_model or seed}"
         if not reward_model:
-            scorer += f",{folder}/rm_s{watcher(seed)} --reward_mix=first"
+            scorer += f",{out}/rm_s{watcher(seed)} --reward_mix=first"
         command += f" --reward_model={scorer} {ONLINE} {self.options}"
         to = f"crossed/{self.name}_rm{reward_model}_s{seed}" if reward_model else f"{self.name}_s{seed}"
         return Task(folder / to, command)
@@ -103,14 +103,11 @@ def sft_models(out: Path) -> list[Task]:
     return tasks
 
 
-def reward_models(out: Path, seeds: dict[str, set[int]]) -> list[Task]:
-    """seeds: those of each size."""
-    tasks = []
-    for size in reversed(SIZES):
-        folder = out / size
-        command = f"train_rm.py --resume --data_dir={folder}/data --model={folder}/data/base {RM} --seed="
-        tasks += [Task(folder / f"rm_s{s}", f"{command}{s}") for s in sorted(seeds.get(size, ()))]
-    return tasks
+def reward_models(out: Path, seeds: range) -> list[Task]:
+    """One per seed, of medium size, the same for policies of every size."""
+    data = out / "medium" / "data"
+    command = f"train_rm.py --resume --data_dir={data} --model={data}/base {RM} --seed="
+    return [Task(out / f"rm_s{seed}", f"{command}{seed}") for seed in seeds]
 
 
 def crossed(out: Path) -> list[Task]:
@@ -124,7 +121,7 @@ def best_of_n(out: Path, seeds: range) -> list[Task]:
     for size in reversed(SIZES):
         folder = out / size
         command = f"-m study.best_of_n --overwrite --data_dir={folder}/data --model={folder}/sft"
-        tasks += [Task(folder / f"best_of_n_s{s}", f"{command} --reward_model={folder}/rm_s{s} --seed={s}",
+        tasks += [Task(folder / f"best_of_n_s{s}", f"{command} --reward_model={out}/rm_s{s} --seed={s}",
                        "metrics.jsonl") for s in seeds]
     return tasks
 

@@ -151,8 +151,8 @@ are a similar grid there.
 
 **How to read the numbers.** Every arm has {first} seeds at least. A claim that its rule leaves open gets more
 for all arms that it reads, at looks fixed beforehand ({looks} seeds); each look has its own level, so that
-all looks together err in at most 5 % (`study/sequential.py`). In RLOO each seed has its own reward model,
-prompts and samples; in SimPO and DPO its own order of the data. All share the SFT model of their size and
+all looks together err in at most 5 % (`study/sequential.py`). In RLOO each seed has its own reward model
+(of medium size, the same for policies of every size), prompts and samples; in SimPO and DPO its own order of the data. All share the SFT model of their size and
 the 20,000 choices. ± is the half width of an interval of Student's t over the seeds: at the level of its
 look in the claims, of 95 % elsewhere. `gold` is the mean gold reward of 500 validation summaries sampled at
 0.7, as in training; `gold +0.10` means above the SFT model's, whose own standard error ({error}) is common
@@ -205,8 +205,7 @@ def parameters(model: Path) -> int:
 def head(study: Study, root: Path) -> str:
     first = select(study.folders["small"], "train_rloo")[0]
     about = read_about(first.path)
-    reward_models = [run for runs in study.folders.values() for run in select(runs, "train_rm")]
-    accuracies = [run.result["accuracy"] for run in reward_models]
+    accuracies = [run.result["accuracy"] for run in select(find_runs(root), "train_rm")]
     greedy = {size: study.arm(size, "train_sft")[0].result["greedy/gold"] for size in SIZES}
     judged = {size: next((root / size).glob("eval_s*/sft/summaries.parquet")) for size in SIZES}
     errors = {size: standard_error(file) for size, file in judged.items()}

@@ -103,8 +103,8 @@ def main(cfg: Config) -> None:
         arms = [arm for arm in ARMS if (arm.size, arm.name) in names]
         print(f"look {index + 1}: {len(arms)} arms with {seeds} seeds", flush=True)
         new = range(before + 1, seeds + 1)
-        online = {arm.size for arm in arms if arm.script == "train_rloo.py"}
-        start_all(reward_models(out, {size: set(new) for size in online}), logs)
+        if any(arm.script == "train_rloo.py" for arm in arms):
+            start_all(reward_models(out, new), logs)
         runs = [arm.task(out, seed) for seed in new for arm in arms]
         start_all(runs, logs)
         start_all(evaluations(out, runs, with_sft=index == 0), logs)

@@ -80,7 +80,7 @@ ONLINE = PAIRS | dict(
 # {option: another value, or the options to change}: the final weights must differ
 CHANGES_THE_WEIGHTS = {
     train_sft: EPOCHS | dict(init="scratch", train_rows=20, loss_on="response", batch_size=5),
-    train_rm: EPOCHS | dict(train_rows=6, center_rows=4, center=False, batch_size=4),
+    train_rm: EPOCHS | dict(init="scratch", train_rows=6, center_rows=4, center=False, batch_size=4),
     train_simpo: EPOCHS | OTHER_REFERENCE | LOSS | dict(train_rows=6, batch_size=4),
     train_rloo: OPTIMIZATION | OTHER_REFERENCE | OTHER_REWARD_MODEL | REWARD | ALGORITHM | RATIO
     | SAMPLING | ROLLOUT | dict(response_tokens=8),

@@ -176,6 +176,16 @@ def test_scratch_reads_only_the_config(tmp_path):
     )
 
 
+def test_a_reward_model_from_scratch_has_the_head_of_one_from_a_language_model(tmp_path):
+    ours, _ = pair(raw_config("tied embeddings"))
+    save_pretrained(ours, TOKENIZER, tmp_path)
+    options = {"head": "score", "new_head": True, "seed": 3}
+    scratch, trained = (from_pretrained(str(tmp_path), init=init, **options)
+                        for init in ("scratch", "pretrained"))
+    assert torch.equal(scratch.score.weight, trained.score.weight)
+    assert not torch.equal(scratch.gpt_neox.embed_in.weight, trained.gpt_neox.embed_in.weight)
+
+
 # --- what old files hold besides, and what is wrong with broken ones
 
 
