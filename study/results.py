@@ -149,21 +149,22 @@ trial runs in another world (another seed of `data/toy.py`). What
 holds here need not hold for Pythia on TL;DR, and the other way round: `runs/paper_1b.sh` and its siblings
 are a similar grid there.
 
-**How to read the numbers.** Every arm has {first} seeds at least. A claim that its rule leaves open gets more
-for all arms that it reads, at looks fixed beforehand ({looks} seeds); each look has its own level, so that
-all looks together err in at most 5 % (`study/sequential.py`). In RLOO each seed has its own reward model
-(of medium size, the same for policies of every size), prompts and samples; in SimPO and DPO its own order of the data. All share the SFT model of their size and
-the 20,000 choices. ± is the half width of an interval of Student's t over the seeds: at the level of its
-look in the claims, of 95 % elsewhere. `gold` is the mean gold reward of 500 validation summaries sampled at
-0.7, as in training; `gold +0.10` means above the SFT model's, whose own standard error ({error}) is common
-to all arms of a size and not in their intervals. `fall` is how far the gold reward of the training samples
-(means of {window} updates) ended below its peak, the peak taken from the other seeds. An arm is
-over-optimised if the interval of its gold lies below SFT or that of its fall above 0. The win rate is the
-share of those 500 summaries with a higher gold reward than the human reference, ties as half. The paper
-judges greedy summaries; here sampled ones are judged (greedy gold is in the table of all arms; 500 posts for
-RLOO, 256 for SimPO and DPO). Mind what follows: a policy that only becomes more certain gains sampled gold,
-up to the distance between the SFT model's sampled gold ({sampled}) and its greedy gold. Where entropy
-falls, as under MinEnt or with a coefficient of 0, part of a gain is this.
+**How to read the numbers.** Every arm has {first} seeds at least. A claim that its rule leaves open gets
+more for all arms that it reads, at looks fixed beforehand ({looks} seeds); each look has its own level, so
+that all looks together err in at most 5 % (`study/sequential.py`). In RLOO each seed has its own reward
+model (of medium size, the same for policies of every size), prompts and samples; in SimPO and DPO its own
+order of the data. All share the SFT model of their size and the 20,000 choices. ± is the half width of an
+interval of Student's t over the seeds: at the level of its look in the claims, of 95 % elsewhere. `gold` is
+the mean gold reward of 500 validation summaries sampled at 0.7, as in training; `gold +0.10` means above
+the SFT model's, whose own standard error ({error}) is common to all arms of a size and not in their
+intervals. `fall` is how far the gold reward of the training samples (means of {window} updates) ended below
+its peak, the peak taken from the other seeds. An arm is over-optimised if the interval of its gold lies
+below SFT or that of its fall above 0. The win rate is the share of those 500 summaries with a higher gold
+reward than the human reference, ties as half. The paper judges greedy summaries; here sampled ones are
+judged (greedy gold is in the table of all arms; 500 posts for RLOO, 256 for SimPO and DPO). Mind what
+follows: a policy that only becomes more certain gains sampled gold, up to the distance between the SFT
+model's sampled gold ({sampled}) and its greedy gold. Where entropy falls, as under MinEnt or with a
+coefficient of 0, part of a gain is this.
 
 The rules of the claims are older than the runs; the history of `study/claims*.py` and `study/sequential.py`
 shows it.
