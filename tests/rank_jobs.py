@@ -16,6 +16,7 @@ import torch
 
 import rlhf.checkpoint
 import rlhf.generate
+import rlhf.pretrained
 from rlhf import dist
 from rlhf.common import setup
 from rlhf.config import RunError, UserError
@@ -121,33 +122,37 @@ def alive() -> int:
     """Bytes of all tensors."""
     gc.collect()
     seen = {}
-    for tensor in [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]:
+    for tensor in [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]:
         storage = (tensor._local_tensor if dist.is_sharded(tensor) else tensor).untyped_storage()
         if storage.device.type != "meta":
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())
 
 
-def peaks(script: str, config: dict) -> dict[str, float]:
-    """Of a run in bytes: `predicted` by --dry_run and its `peak`, when all is `loaded`, and of tensors alone
-    what is alive at `rest`, after an update."""
-    script = import_module(script)
-    predicted = script.main(script.Config(**config, dry_run=True))
-    found = {"predicted": predicted["peak_gib"] * 2**30, "rest": 0}
-    begin, log = Run.begin, Run.log
+def loaded(directory: str) -> int:
+    """Peak, in bytes, of reading a model."""
+    setup(1, "cpu")
+    before = forget_peak()
+    rlhf.pretrained.from_pretrained(directory, sharded=True)
+    return memory("VmHWM") - before
 
-    def begun(*args):
-        found["loaded"] = memory("VmHWM") - before
-        return begin(*args)
+
+def peaks(script: str, config: dict) -> dict[str, float]:
+    """Of a run in bytes: `predicted` by --dry_run, its `peak`, and of tensors what is alive at `rest`, after
+    an update."""
+    script = import_module(script)
+    found = {"predicted": script.main(script.Config(**config, dry_run=True))["peak_gib"] * 2**30, "rest": 0}
+    log = Run.log
 
     def logged(*args, **named):
         found["rest"] = max(found["rest"], alive() - tensors)
         log(*args, **named)
 
-    tensors, before = alive(), forget_peak()
-    Run.begin, Run.log = begun, logged
+    Run.log = logged
+    tensors = alive()
+    before = forget_peak()
     script.main(script.Config(**config))
-    Run.begin, Run.log = begin, log
+    Run.log = log
     return found | {"peak": memory("VmHWM") - before}
 
 
@@ -155,7 +160,7 @@ def compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-MEASURES = {"share": share, "peaks": peaks, "compiled": compiled}
+MEASURES = {"share": share, "loaded": loaded, "peaks": peaks, "compiled": compiled}
 
 
 # --- a job
