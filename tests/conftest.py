@@ -26,6 +26,15 @@ def tiny(tmp_path_factory):
     return Tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def launcher():
+    """Runs jobs on any number of ranks, see ranks.py."""
+    from ranks import Ranks
+    started = Ranks()
+    yield started
+    started.close()
+
+
 @pytest.fixture
 def generated(monkeypatch) -> list[dict]:
     """Every call of `generate` from now on: arguments by name, defaults included, and what it returned."""

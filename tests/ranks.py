@@ -1,108 +1,100 @@
-"""One rank of a test: `torchrun tests/ranks.py JOBS.json` runs scripts' `main`, one after the other, in one
-group of ranks, so that torch starts once. A job may break something first, for the twin of a test, and each
-rank may stand in a folder of its own. The errors go to JOBS.json.errors."""
+"""Ranks for the tests: a process that has loaded torch once, and of which every rank is a fork.
 
+`Ranks` starts it. It reads a line {"ranks": n, "jobs": FILE} for each group and answers with the ranks' exit
+codes. A rank runs the jobs of the file (rank_jobs.py), one after the other, and writes what it has to say to
+FILE.RANK.log. As under torchrun, the others are ended once one has failed. ranks=0: a process on its own.
+"""
+
+import importlib
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
-from importlib import import_module
+import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-
-import rlhf.checkpoint
-import rlhf.generate
-from rlhf import dist
-from rlhf.config import RunError, UserError
-from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
-
-TRAINING = ("train_sft", "train_rm", "train_simpo", "train_rloo", "train_ppo", "train_online")
-SCRIPTS = (*TRAINING, "evaluate", "sample", "study.best_of_n")
-torch.set_num_threads(1)
-
-generate, gather, shard = rlhf.generate.generate, dist.gather, dist.shard
-load_state = rlhf.checkpoint.load_state
+HERE = Path(__file__).resolve().parent
+# What takes seconds to import, and knows nothing of ranks: all that is not this project.
+LOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "pyarrow.parquet",
+          "pyarrow.dataset", "rouge_score.rouge_scorer", "safetensors.torch", "tokenizers", "tqdm",
+          "huggingface_hub")
 
 
-def noise_per_rank(*args, noise=None, **options):
-    return generate(*args, noise=noise if noise is None else (noise + dist.RANK / 3) % 1, **options)
+class Ranks:
+    def __init__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, str(HERE / "ranks.py")], cwd=HERE.parent, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def codes(self, ranks: int, jobs: list[dict], file: Path) -> list[int]:
+        """The exit code of each rank; -9 of one that was killed."""
+        file.write_text(json.dumps(jobs))
+        print(json.dumps({"ranks": ranks, "jobs": str(file)}), file=self.server.stdin, flush=True)
+        return json.loads(self.server.stdout.readline())
+
+    def run(self, ranks: int, jobs: list[dict], file: Path) -> list[list]:
+        """What each job gave, by rank."""
+        codes = self.codes(ranks, jobs, file)
+        assert not any(codes), "".join(said(file, rank)[-4000:] for rank, code in enumerate(codes) if code)
+        by_rank = [json.loads(Path(f"{file}.{rank}.results").read_text()) for rank in range(max(1, ranks))]
+        return [list(results) for results in zip(*by_rank, strict=True)]
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.wait()
 
 
-def mean_of_gradients(model) -> None:
-    shard(model)
-    for unit in dist.units(model):
-        unit.set_gradient_divide_factor(float(dist.RANKS))
+def said(file: Path, rank: int) -> str:
+    """What a rank wrote to stdout and stderr."""
+    return Path(f"{file}.{rank}.log").read_text()
 
 
-def moments_lost(checkpoint, model, optimizer, critic) -> dict:
-    rest = load_state(checkpoint, model, optimizer, critic)
-    for state in optimizer.state.values():
-        state["exp_avg"].zero_()
-    return rest
+def rank_process(ranks: int, rank: int, port: int, jobs: str) -> int:
+    for stream in (1, 2):
+        os.dup2(os.open(f"{jobs}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if ranks:
+        sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in (sizes | place).items()}
+    try:
+        importlib.import_module("rank_jobs").main(Path(jobs))
+    except SystemExit as error:
+        return error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
-BROKEN = {
-    "": {},
-    "noise_per_rank": {"generate": noise_per_rank},
-    "mean_of_gradients": {"shard": mean_of_gradients},
-    "norms_not_summed": {"sum_gradients": lambda parameters: None},
-    "wrong_order": {"gather": lambda parts, slices: gather(parts, slices)[::-1]},
-    "moments_lost": {"load_state": moments_lost},
-    "other_code": {"identity": lambda path: f"as rank {dist.RANK} has it"},
-    "uneven_deal": {"deal": lambda slices: list(slices)[dist.RANK :: dist.RANKS]},
-}
-
-
-def put(functions: dict) -> dict:
-    """These functions under these names in every module that has the name; those that were there."""
-    before = {}
-    for key, module in list(sys.modules.items()):
-        if key.split(".")[0] in ("rlhf", *TRAINING):
-            for name, function in functions.items():
-                if hasattr(module, name):
-                    before[name] = getattr(module, name)
-                    setattr(module, name, function)
-    return before
-
-
-def share(directory: str) -> float:
-    """Of all weights, those that this rank has, after a copy for inference and after a save."""
-    model = from_pretrained(directory, sharded=True)
-    dist.whole(model)
-    save_pretrained(model, load_tokenizer(directory), Path(sys.argv[1] + ".saved"))
-    held = sum(dist.own_rows(p)[0].numel() for p in model.parameters())
-    return held / sum(p.numel() for p in model.parameters())
-
-
-def main() -> None:
-    dist.hush()
-    for name in SCRIPTS:
-        import_module(name)
-    errors = []
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        if job["script"] == "share":
-            errors.append(str(share(job["model"])))
-            continue
-        before = put(BROKEN[job["broken"]])
-        script = import_module(job["script"])
-        os.chdir(job["folders"][dist.RANK])
-        try:
-            returned = script.main(script.Config(**job["config"]))
-            errors.append("")
-        except (UserError, RunError) as error:
-            errors.append(str(error))
-        else:
-            if dist.FIRST:
-                Path(job["config"]["out_dir"], "returned.json").write_text(json.dumps(returned))
-        put(before)
-    every = dist.exchange(errors)
-    assert all([*map(bool, own)] == [*map(bool, errors)] for own in every), every
-    if dist.FIRST:
-        Path(sys.argv[1] + ".errors").write_text(json.dumps(errors))
-    dist.leave()
+def group(ranks: int, jobs: str) -> list[int]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running = {}
+    for rank in range(max(1, ranks)):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                code = rank_process(ranks, rank, port, jobs)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        running[child] = rank
+    codes = {}
+    while running:
+        child, status = os.wait()
+        codes[running.pop(child)] = code = os.waitstatus_to_exitcode(status)
+        for other in running if code else ():
+            os.kill(other, signal.SIGKILL)
+    return [codes[rank] for rank in sorted(codes)]
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(HERE.parent))
+    for name in LOADED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        print(json.dumps(group(**json.loads(line))), flush=True)

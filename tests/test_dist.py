@@ -74,22 +74,6 @@ def job(tiny, name: str, out: Path | str, broken: str = "", folders: tuple = (),
     return {"script": script, "config": config, "broken": broken, "folders": folders}
 
 
-def torchrun(ranks: int, *command: str, **how) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.run(
-        [*line, *command], cwd=HERE.parent, env=environment, capture_output=True, text=True, **how
-    )
-
-
-def run_jobs(ranks: int, jobs: list[dict], file: Path) -> list[str]:
-    """The error of each job, "" for none."""
-    file.write_text(json.dumps(jobs))
-    done = torchrun(ranks, str(HERE / "ranks.py"), str(file), timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(Path(f"{file}.errors").read_text())
-
-
 def cut(run: Path, copy: Path, step: int) -> Path:
     """The run as a kill after this step's checkpoint left it."""
     shutil.copytree(run, copy)
@@ -114,30 +98,30 @@ def one(tiny) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def ranked(tiny, one) -> dict[tuple[str, int], Path]:
+def ranked(tiny, one, launcher) -> dict[tuple[str, int], Path]:
     """Every run on 2 and on 3 ranks, resumed ones and broken ones."""
     out = {}
-    for ranks in (2, 3):
+    for n in (2, 3):
         jobs = []
         for name in RUNS | JUDGED:
-            out[name, ranks] = tiny.root / f"{name}_{ranks}"
-            jobs.append(job(tiny, name, out[name, ranks]))
+            out[name, n] = tiny.root / f"{name}_{n}"
+            jobs.append(job(tiny, name, out[name, n]))
         for name in RESUMED:
-            before = one[name] if ranks == 2 else out[name, 2]  # 1 -> 2 and 2 -> 3 ranks
-            folder = out[f"{name} resumed", ranks] = tiny.root / f"{name}_resumed_{ranks}"
+            before = one[name] if n == 2 else out[name, 2]  # 1 -> 2 and 2 -> 3 ranks
+            folder = out[f"{name} resumed", n] = tiny.root / f"{name}_resumed_{n}"
             jobs.append(job(tiny, name, cut(before, folder, 2 if name != "ppo" else 1), resume=True))
-        for broken, name in BROKEN.items() if ranks == 2 else []:
+        for broken, name in BROKEN.items() if n == 2 else []:
             out[broken, 2] = tiny.root / broken
             jobs.append(job(tiny, name, out[broken, 2], broken))
-        if ranks == 2:
+        if n == 2:
             folder = out["moments_lost", 2] = tiny.root / "moments_lost"
             jobs.append(job(tiny, "sft", cut(one["sft"], folder, 2), "moments_lost", resume=True))
-        errors = run_jobs(ranks, jobs, tiny.root / f"jobs_{ranks}.json")
+        errors = launcher.run(n, jobs, tiny.root / f"jobs_{n}.json")
         names = [Path(task["config"]["out_dir"]).name for task in jobs]
-        failed = {name: error for name, error in zip(names, errors) if error}
+        failed = {name: error for name, error in zip(names, errors) if any(error)}
         # Log-probs of other responses under the ratio: that it ends in infinite weights is a difference too.
         assert failed.keys() <= {"wrong_order"}, failed
-        assert all("not finite" in error for error in failed.values()), failed
+        assert all("not finite" in said for error in failed.values() for said in error), failed
     return out
 
 
@@ -208,7 +192,7 @@ def test_twin(one, ranked, broken):
     assert diverged or distance(run, one[BROKEN.get(broken, "sft")]) > 10 * CLOSE
 
 
-def test_bad_input_is_told_by_every_rank_and_nothing_is_touched(tiny, tmp_path):
+def test_bad_input_is_told_by_every_rank_and_nothing_is_touched(tiny, launcher, tmp_path):
     """Options of one rank, or of one folder per rank; each error is raised by both ranks."""
     both = [tmp_path / "0", tmp_path / "1"]
     for folder, data in zip(both, ("data", "shuffled")):
@@ -222,17 +206,26 @@ def test_bad_input_is_told_by_every_rank_and_nothing_is_touched(tiny, tmp_path):
         job(tiny, "sft", out, "other_code"),
         job(tiny, "sft", "run", folders=both),
         job(tiny, "sft", out, device="cpu", seed=3),
-        {"script": "share", "model": str(tiny.root / "policy")},
     ]
-    errors = run_jobs(2, jobs, tmp_path / "jobs.json")
+    told = launcher.run(2, jobs, tmp_path / "jobs.json")
+    assert all(bool(ours) == bool(theirs) for ours, theirs in told)
+    errors = [error for error, _ in told]
     few = "2 ranks share the 1 prompts of an optimizer step: each needs one; start fewer"
     assert errors[0].startswith(few) and errors[1].startswith(few)
     assert errors[2] == "rank 1 has another model or data than rank 0: all ranks need the same"
     assert errors[3] == "rank 1 has another version of the code than rank 0: all ranks need the same"
     assert errors[4].startswith(f"rank 1 does not see {both[0]}, where rank 0 writes: --out_dir has to be on")
     assert errors[5] == ""
-    assert 0.5 <= float(errors[6]) < 0.55  # the layer norms of this tiny model are 1 % of it
     assert [sorted(path.name for path in folder.iterdir()) for folder in both] == [["data"], ["data"]]
+
+
+def test_after_whole_and_before_saving_all_is_sharded(tiny, launcher, tmp_path):
+    """Layer norms are whole: 1 % of this tiny model."""
+    of = {"directory": str(tiny.root / "policy"), "out_dir": str(tmp_path / "saved")}
+    jobs = [{"measure": "share", "of": of, "broken": broken} for broken in ("", "no_reshard")]
+    held, broken = launcher.run(2, jobs, tmp_path / "jobs.json")
+    assert all(0.5 <= share < 0.55 for share in held)
+    assert all(share > 0.7 for share in broken)  # the twin: embedding and head stay whole
 
 
 def test_fewer_cards_than_ranks(monkeypatch):

@@ -1,6 +1,5 @@
-"""A rank that dies, one that hangs, and scripts that have no work to share."""
+"""A rank that dies, one that hangs, and command lines that ranks refuse."""
 
-import json
 import os
 import random
 import signal
@@ -10,10 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_dist import CLOSE, HERE, job, options, torchrun
+from ranks import said
+from test_dist import CLOSE, HERE, job, options
 from tiny import distance, log
-
-import train_rloo
 
 KILLS = int(os.environ.get("KILLS", 3))
 SLOW = dict(batch_size=10, episodes=80, save_every=1, keep=2, schedule="constant")
@@ -24,92 +22,93 @@ def command(tiny, out: Path, **changes) -> list[str]:
     return ["train_rloo.py", *(f"--{name}={value}" for name, value in given.items())]
 
 
-def start(ranks: int, *line: str, **how) -> subprocess.Popen:
-    """torchrun, or one process, in a session of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *(launcher if ranks > 1 else []), *line], cwd=HERE.parent, env=environment,
-        start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how,
-    )
-
-
-def ranks_of(torchrun_id: int) -> list[int]:
-    children = Path(f"/proc/{torchrun_id}/task/{torchrun_id}/children").read_text().split()
-    return [int(child) for child in children]
-
-
-def wait_for(run: Path, steps: int, process: subprocess.Popen) -> None:
-    """Until the log has this many lines, or the process has ended."""
-    while process.poll() is None:
-        if (run / "metrics.jsonl").exists() and len(log_lines(run)) >= steps:
-            return
-        time.sleep(0.02)
-
-
 def log_lines(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
 
 
-@pytest.fixture(scope="module")
-def expected(tiny) -> Path:
-    out = tiny.root / "not_killed"
-    train_rloo.main(train_rloo.Config(**options(tiny, "rloo", out, **SLOW)))
-    return out
+def numbers(run: Path) -> list[dict]:
+    """The lines of the log, without times."""
+    return [{key: x for key, x in line.items() if "second" not in key} for line in log(run)]
 
 
-def test_kills_with_changing_numbers_of_ranks(tiny, expected, tmp_path):
-    """A rank is killed after a random number of steps; the run goes on with another number of ranks."""
+@pytest.mark.parametrize("sizes", [(0, 1, 2, 3), (2,)], ids=["changing", "same"])
+def test_kills(tiny, launcher, tmp_path, sizes):
+    """A rank is killed at a random moment and the run goes on, on another number of ranks or on the same,
+    where every bit is that of the run that was not killed."""
+    expected = tmp_path / "expected"
+    launcher.run(sizes[0], [{"line": command(tiny, expected)}], tmp_path / "jobs")
+    steps = [line["step"] for line in log(expected)]
     draw = random.Random(5)
-    run = tmp_path / "run"
-    total = len(log(expected))
-    for kill in range(KILLS):
-        ranks = draw.choice([1, 2, 3])
-        done = len(log_lines(run))
-        process = start(ranks, *command(tiny, run, resume=kill > 0))
-        wait_for(run, min(done + draw.randint(0, 2), total - 1), process)
-        time.sleep(draw.random() * 0.2)
-        victims = [process.pid]
-        while ranks > 1 and process.poll() is None and len(victims := ranks_of(process.pid)) < ranks:
-            time.sleep(0.02)  # torchrun has not started them yet
-        if process.poll() is None:  # it may have finished
-            os.kill(draw.choice(victims), signal.SIGKILL)
-        killed = time.time()
-        process.wait(timeout=60)
-        assert time.time() - killed < 30  # on a loaded machine; else 1 to 6 s
-    ended = start(2, *command(tiny, run, resume=True))
-    _, said = ended.communicate(timeout=300)
-    assert ended.returncode == 0, [line for line in said.splitlines() if "rror" in line]
-    assert [line["step"] for line in log(run)] == [line["step"] for line in log(expected)]
-    assert distance(run, expected) < CLOSE
+    dead = runs = 0
+    while dead < KILLS:
+        run = tmp_path / f"run_{runs}"
+        runs += 1
+        codes = [1]
+        while any(codes):
+            ranks = draw.choice(sizes)
+            jobs = [{"line": command(tiny, run, resume=run.exists())}]
+            if dead < KILLS:
+                step = draw.choice([0, *steps[len(log_lines(run)) :][:3]])
+                end = {"step": step, "seconds": draw.random() * 0.3, "how": signal.SIGKILL}
+                jobs[0] |= {"rank": draw.randrange(max(1, ranks)), "end": end}
+            codes = launcher.codes(ranks, jobs, tmp_path / "jobs")
+            assert not any(codes) or -signal.SIGKILL in codes
+            dead += any(codes)
+        assert [line["step"] for line in log(run)] == steps
+        assert distance(run, expected) < CLOSE
+        if len(sizes) == 1:
+            assert distance(run, expected) == 0 and numbers(run) == numbers(expected)
 
 
-def test_a_rank_that_hangs_is_told_at_the_timeout(tiny, tmp_path):
+def test_a_dead_rank_ends_the_run(tiny, tmp_path):
+    """Under torchrun itself."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = tmp_path / "run"
-    process = start(2, *command(tiny, run, rank_timeout=5.0))
-    wait_for(run, 1, process)
-    stopped, waiting = ranks_of(process.pid)
-    os.kill(stopped, signal.SIGSTOP)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = subprocess.Popen(
+        [*line, *command(tiny, run)], cwd=HERE.parent, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while torchrun.poll() is None and not log_lines(run):
+        time.sleep(0.02)
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    killed = time.time()
+    torchrun.communicate(timeout=60)
+    assert torchrun.returncode == 1 and len(children) == 2
+    assert time.time() - killed < 30  # on a loaded machine; else 1 to 6 s
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_rank_that_hangs_is_told_at_the_timeout(tiny, launcher, tmp_path):
+    line = command(tiny, tmp_path / "run", rank_timeout=5.0)
+    jobs = [{"line": line, "rank": 1, "end": {"step": 1, "seconds": 0, "how": signal.SIGSTOP}}]
     began = time.time()
-    while waiting in ranks_of(process.pid) and time.time() - began < 60:
-        time.sleep(0.1)
-    os.kill(stopped, signal.SIGKILL)  # torchrun would wait half a minute for it
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and time.time() - began > 5
-    assert "waited for another rank until the timeout (--rank_timeout): does one hang?" in said
+    codes = launcher.codes(2, jobs, tmp_path / "jobs")
+    assert codes == [1, -signal.SIGKILL] and time.time() - began > 5
+    (error,) = [line for line in said(tmp_path / "jobs", 0).splitlines() if line.startswith("error: ")]
+    assert error == "error: rank 0 waited for another rank until the timeout (--rank_timeout): does one hang?"
 
 
-def test_an_uneven_deal_does_not_pass(tiny, tmp_path):
+def test_an_uneven_deal_does_not_pass(tiny, launcher, tmp_path):
     """The twin of every run in test_dist.py: one rank has a micro-batch more than the others."""
-    jobs = [job(tiny, "dpo", tmp_path / "run", "uneven_deal", micro_batch_tokens=1, rank_timeout=20.0)]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(2, str(HERE / "ranks.py"), str(tmp_path / "jobs.json"), timeout=300)
+    jobs = [job(tiny, "dpo", tmp_path / "run", "uneven_deal", micro_batch_tokens=1, rank_timeout=5.0)]
+    codes = launcher.codes(2, jobs, tmp_path / "jobs")
     assert (tmp_path / "run/run.json").exists()  # it had begun
-    assert done.returncode == 1 and not (tmp_path / "run/result.json").exists()
+    assert any(codes) and not (tmp_path / "run/result.json").exists()
 
 
-def test_other_scripts_refuse_ranks(tmp_path):
-    done = torchrun(2, "data/toy.py", f"--out_dir={tmp_path / 'data'}", timeout=100)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: this script has no work to share between ranks: start it without torchrun"]
-    assert not (tmp_path / "data").exists()
+@pytest.mark.parametrize("line, error", [
+    (["data/toy.py"], "this script has no work to share between ranks: start it without torchrun"),
+    (["train_sft.py", "--data_dir={world}/data", "--model={world}/policy", "--batch_size=1"],
+     "2 ranks share the 1 prompts of an optimizer step: each needs one; start fewer (--nproc_per_node) or "
+     "raise --batch_size"),
+], ids=["data/toy.py", "train_sft.py"])
+def test_what_is_refused_is_told_once(tiny, launcher, tmp_path, line, error):
+    line = [word.format(world=tiny.root) for word in line]
+    jobs = [{"line": [*line, f"--out_dir={tmp_path / 'out'}"]}]
+    codes = launcher.codes(2, jobs, tmp_path / "jobs")
+    assert codes == [2, -signal.SIGKILL]
+    told = [text for rank in (0, 1) for text in said(tmp_path / "jobs", rank).splitlines()]
+    assert told == [f"error: {error}"]
+    assert not (tmp_path / "out").exists()
