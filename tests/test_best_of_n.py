@@ -71,7 +71,7 @@ def test_the_scripts_log_what_the_study_reads(world, monkeypatch):
         train_rloo: {"reward": "maxent_length:0.2", "episodes": 8, "batch_size": 4},
         train_simpo: {"loss": "dpo", "batch_size": 8},
     }
-    runs[train_rloo]["reward_model"] = str(world / "rm")
+    runs[train_rloo] |= {"reward_model": f"{world}/rm,{world}/rm", "reward_mix": "first"}  # as study/plan.py
     for script, options in runs.items():
         monkeypatch.setattr("sys.argv", [f"/a clone/{script.__name__}.py", "--lr=1e-6"])
         script.main(script.Config(**common, **options, out_dir=str(world / "runs" / script.__name__)))
