@@ -26,11 +26,12 @@ def sample_metrics(batch: dict[str, Tensor]) -> dict[str, float]:
     """
     mask, logprobs, ref_logprobs = batch["mask"], batch["old_logprobs"], batch["ref_logprobs"]
     known = [name for name in ("raw_scores", "rm_std", "gold") if name in batch]
+    agree = "gold" in batch and batch["gold"].shape[1] > 1  # there are pairs to order
     return {
         "scores": batch["scores"].mean().item(),
         "scores_std": batch["scores"].std().item(),
         **{name: batch[name].double().mean().item() for name in known},
-        **({"gold_agreement": gold_agreement(batch["scores"], batch["gold"])} if "gold" in batch else {}),
+        **({"gold_agreement": gold_agreement(batch["scores"], batch["gold"])} if agree else {}),
         "kl": masked_sum(k1(logprobs, ref_logprobs), mask).mean().item(),
         "kl_k3": masked_sum(k3(logprobs, ref_logprobs), mask).mean().item(),
         "kl_full": masked_sum(batch["kl_full"], mask).mean().item(),
