@@ -103,42 +103,44 @@ def more(tiny) -> None:
     save_pretrained(tied, load_tokenizer(str(tiny.root / "policy")), tiny.root / "tied")
 
 
+def jobs_of(tiny, ranks: int) -> dict[str, dict]:
+    return {name: job(tiny, name, tiny.root / f"{name}_{ranks}") for name in RUNS | JUDGED}
+
+
 @pytest.fixture(scope="module")
-def one(tiny, more) -> dict[str, Path]:
-    """Every run in one process."""
+def one(tiny, more, launcher) -> dict[str, Path]:
+    """Every run in one process; meanwhile those on one rank are begun."""
+    launcher.start(1, list(jobs_of(tiny, 1).values()), tiny.root / "jobs_1")
     out = {}
     for name, (script, _) in (RUNS | JUDGED).items():
         out[name] = tiny.root / f"one_{name}"
         result = script.main(script.Config(**options(tiny, name, out[name])))
         (out[name] / "returned.json").write_text(json.dumps(result))
+    assert not any(error for (error,) in launcher.results(1, tiny.root / "jobs_1"))
     return out
 
 
 @pytest.fixture(scope="module")
 def ranked(tiny, one, launcher) -> dict[tuple[str, int], Path]:
     """Every run on 1, 2 and 3 ranks, resumed ones and broken ones."""
-    out = {}
-    for n in (1, 2, 3):
-        jobs = []
-        for name in RUNS | JUDGED:
-            out[name, n] = tiny.root / f"{name}_{n}"
-            jobs.append(job(tiny, name, out[name, n]))
-        for name in RESUMED if n > 1 else []:
+    out = {(name, 1): tiny.root / f"{name}_1" for name in RUNS | JUDGED}
+    for n in (2, 3):
+        jobs = jobs_of(tiny, n)
+        for name in RESUMED:
             before = one[name] if n == 2 else out[name, 2]  # 1 -> 2 and 2 -> 3 ranks
-            folder = out[f"{name} resumed", n] = tiny.root / f"{name}_resumed_{n}"
-            jobs.append(job(tiny, name, cut(before, folder, 2 if name != "ppo" else 1), resume=True))
-        for broken, name in BROKEN.items() if n == 2 else []:
-            out[broken, 2] = tiny.root / broken
-            jobs.append(job(tiny, name, out[broken, 2], broken))
+            folder = cut(before, tiny.root / f"{name}_resumed_{n}", 2 if name != "ppo" else 1)
+            jobs[f"{name} resumed"] = job(tiny, name, folder, resume=True)
         if n == 2:
-            folder = out["moments_lost", 2] = tiny.root / "moments_lost"
-            jobs.append(job(tiny, "sft", cut(one["sft"], folder, 2), "moments_lost", resume=True))
-        errors = launcher.run(n, jobs, tiny.root / f"jobs_{n}.json")
-        names = [Path(task["config"]["out_dir"]).name for task in jobs]
-        failed = {name: error for name, error in zip(names, errors) if any(error)}
+            for broken, name in BROKEN.items():
+                jobs[broken] = job(tiny, name, tiny.root / broken, broken)
+            folder = cut(one["sft"], tiny.root / "moments_lost", 2)
+            jobs["moments_lost"] = job(tiny, "sft", folder, "moments_lost", resume=True)
+        errors = launcher.run(n, list(jobs.values()), tiny.root / f"jobs_{n}")
+        failed = {name: error for name, error in zip(jobs, errors) if any(error)}
         # Log-probs of other responses under the ratio: that it ends in infinite weights is a difference too.
         assert failed.keys() <= {"wrong_order"}, failed
         assert all("not finite" in said for error in failed.values() for said in error), failed
+        out |= {(name, n): Path(task["config"]["out_dir"]) for name, task in jobs.items()}
     return out
 
 
