@@ -10,6 +10,7 @@ import re
 import runpy
 import sys
 import threading
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from rlhf.config import RunError, UserError
 from rlhf.forward import summed_nll
 from rlhf.groups import pack
 from rlhf.memory import HEAP_GAPS
-from rlhf.model import NeoX
+from rlhf.model import NeoX, compile_layers
 from rlhf.pretrained import from_pretrained, load_tokenizer, save_pretrained
 from rlhf.run import Run
 
@@ -80,6 +81,7 @@ BROKEN = {
     "uneven_deal": {"deal": lambda slices: list(slices)[dist.RANK :: dist.RANKS]},
     "no_reshard": {"parameters": lambda model: dict(model.named_parameters())},
     "whole_first": {"from_pretrained": whole_first},
+    "short_rows_too": {"compile_layers": partial(compile_layers, least=128)},  # no twin: rows here are short
 }
 
 
