@@ -10,7 +10,7 @@ from torch import nn
 
 from rlhf.config import RunError, UserError
 from rlhf.data import check_tokenizer
-from rlhf.dist import LAUNCHED, by_kind, gradient_norm, join, parameters, sum_gradients
+from rlhf.dist import by_kind, gradient_norm, join, parameters, sum_gradients
 from rlhf.fast import paths, set_up_cuda
 from rlhf.logprobs import compile_kernels
 from rlhf.model import NeoX, compile_layers
@@ -44,15 +44,11 @@ def setup(seed: int, device: str, plain: bool = False, rank_timeout: float = 600
 def keep_freed_memory() -> None:
     """Tells glibc to reuse freed buffers instead of unmapping them.
 
-    To map fresh pages costs more time than the arithmetic on them. On several ranks, which gather and drop
-    one layer after the other, the heap would grow to twice what is alive: there large blocks are unmapped.
+    To map fresh pages costs more time than the arithmetic on them.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        if LAUNCHED:
-            libc.mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
-        else:
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
     except (OSError, AttributeError):  # not glibc: only slower
         pass

@@ -146,8 +146,8 @@ def check_ranks(config, about: dict, inputs: Callable = lambda config: {}) -> No
     if hasattr(config, "batch_size"):
         check_prompts(config.batch_size // getattr(config, "k", 1))
     root = Path(__file__).parents[1]
-    code = {str(path.relative_to(root)): identity(path) for path in sorted(root.glob("**/*.py"))
-            if not any(part.startswith(".") for part in path.relative_to(root).parts)}
+    files = sorted([*root.glob("*.py"), *root.glob("*/*.py")])  # no virtual environment, which lies deeper
+    code = {str(path.relative_to(root)): identity(path) for path in files}
     agree({"version of the code": code, "command line": asdict(config), "model or data": inputs(config)})
     out = Path(config.out_dir)
     there = out.resolve()

@@ -29,15 +29,22 @@ class Ranks:
             stdout=subprocess.PIPE,
         )
 
-    def codes(self, ranks: int, jobs: list[dict], file: Path) -> list[int]:
-        """The exit code of each rank; -9 of one that was killed."""
+    def start(self, ranks: int, jobs: list[dict], file: Path) -> None:
         file.write_text(json.dumps(jobs))
         print(json.dumps({"ranks": ranks, "jobs": str(file)}), file=self.server.stdin, flush=True)
+
+    def codes(self, ranks: int, jobs: list[dict], file: Path) -> list[int]:
+        """The exit code of each rank; -9 of one that was killed."""
+        self.start(ranks, jobs, file)
         return json.loads(self.server.stdout.readline())
 
     def run(self, ranks: int, jobs: list[dict], file: Path) -> list[list]:
         """What each job gave, by rank."""
-        codes = self.codes(ranks, jobs, file)
+        self.start(ranks, jobs, file)
+        return self.results(ranks, file)
+
+    def results(self, ranks: int, file: Path) -> list[list]:
+        codes = json.loads(self.server.stdout.readline())
         assert not any(codes), "".join(said(file, rank)[-4000:] for rank, code in enumerate(codes) if code)
         by_rank = [json.loads(Path(f"{file}.{rank}.results").read_text()) for rank in range(max(1, ranks))]
         return [list(results) for results in zip(*by_rank, strict=True)]

@@ -1,19 +1,17 @@
-"""Two and three ranks (gloo) against one process: the same samples, logs and weights.
+"""One, two and three ranks (gloo) against one process: the same samples, logs and weights.
 
 AdamW's epsilon is 1 here (tiny.base): a step is lr x gradient, so a wrong gradient is a wrong weight.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.torch import load_file
-from tiny import apart, base, distance, log, measured, weights
+from tiny import SHAPE, VOCABULARY, apart, base, distance, log, measured, weights
 
 import evaluate
 import sample
@@ -23,8 +21,8 @@ import train_rloo
 import train_rm
 import train_sft
 import train_simpo
-from rlhf import dist
-from rlhf.config import UserError
+from rlhf.model import NeoX, NeoXConfig
+from rlhf.pretrained import load_tokenizer, save_pretrained
 from study import best_of_n
 
 HERE = Path(__file__).parent
@@ -47,6 +45,11 @@ RUNS = {
     "ppo": (train_ppo, dict(batch_size=10, episodes=20, max_grad_norm=1.0, save_every=1)),
     "online": (train_online, dict(batch_size=20, episodes=40, mixture=0.3, round_updates=1)),
     "bf16": (train_sft, dict(batch_size=6, dtype="bfloat16", **LONG)),
+    "rloo_bf16": (train_rloo, dict(
+        batch_size=12, episodes=12, rollout_prompts=1, dtype="bfloat16", **LONG,
+    )),
+    "one_long": (train_sft, dict(data_dir="{world}/one_long", batch_size=6, micro_batch_tokens=100)),
+    "tied": (train_sft, dict(model="{world}/tied", batch_size=5)),
 }
 RESUMED = ("sft", "rloo", "ppo")
 JUDGED = {  # no weights, but numbers and tables
@@ -87,41 +90,57 @@ def cut(run: Path, copy: Path, step: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(tiny) -> dict[str, Path]:
-    """Every run in one process."""
+def more(tiny) -> None:
+    """Data with one very long response; a model whose head is its embedding."""
+    folder = tiny.root / "one_long"
+    shutil.copytree(tiny.root / "data", folder)
+    rows = tiny.rows("sft_train")
+    response = rows[3]["reference_response_token"]
+    rows[3]["reference_response_token"] = [*(15 * response[:-1]), response[-1]][-150:]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "sft_train.parquet")
+    config = NeoXConfig(vocab_size=VOCABULARY, **SHAPE | {"tie_word_embeddings": True})
+    tied = NeoX(config).init_weights(5)
+    save_pretrained(tied, load_tokenizer(str(tiny.root / "policy")), tiny.root / "tied")
+
+
+def jobs_of(tiny, ranks: int) -> dict[str, dict]:
+    return {name: job(tiny, name, tiny.root / f"{name}_{ranks}") for name in RUNS | JUDGED}
+
+
+@pytest.fixture(scope="module")
+def one(tiny, more, launcher) -> dict[str, Path]:
+    """Every run in one process; meanwhile those on one rank are begun."""
+    launcher.start(1, list(jobs_of(tiny, 1).values()), tiny.root / "jobs_1")
     out = {}
     for name, (script, _) in (RUNS | JUDGED).items():
         out[name] = tiny.root / f"one_{name}"
         result = script.main(script.Config(**options(tiny, name, out[name])))
         (out[name] / "returned.json").write_text(json.dumps(result))
+    assert not any(error for (error,) in launcher.results(1, tiny.root / "jobs_1"))
     return out
 
 
 @pytest.fixture(scope="module")
 def ranked(tiny, one, launcher) -> dict[tuple[str, int], Path]:
-    """Every run on 2 and on 3 ranks, resumed ones and broken ones."""
-    out = {}
+    """Every run on 1, 2 and 3 ranks, resumed ones and broken ones."""
+    out = {(name, 1): tiny.root / f"{name}_1" for name in RUNS | JUDGED}
     for n in (2, 3):
-        jobs = []
-        for name in RUNS | JUDGED:
-            out[name, n] = tiny.root / f"{name}_{n}"
-            jobs.append(job(tiny, name, out[name, n]))
+        jobs = jobs_of(tiny, n)
         for name in RESUMED:
             before = one[name] if n == 2 else out[name, 2]  # 1 -> 2 and 2 -> 3 ranks
-            folder = out[f"{name} resumed", n] = tiny.root / f"{name}_resumed_{n}"
-            jobs.append(job(tiny, name, cut(before, folder, 2 if name != "ppo" else 1), resume=True))
-        for broken, name in BROKEN.items() if n == 2 else []:
-            out[broken, 2] = tiny.root / broken
-            jobs.append(job(tiny, name, out[broken, 2], broken))
+            folder = cut(before, tiny.root / f"{name}_resumed_{n}", 2 if name != "ppo" else 1)
+            jobs[f"{name} resumed"] = job(tiny, name, folder, resume=True)
         if n == 2:
-            folder = out["moments_lost", 2] = tiny.root / "moments_lost"
-            jobs.append(job(tiny, "sft", cut(one["sft"], folder, 2), "moments_lost", resume=True))
-        errors = launcher.run(n, jobs, tiny.root / f"jobs_{n}.json")
-        names = [Path(task["config"]["out_dir"]).name for task in jobs]
-        failed = {name: error for name, error in zip(names, errors) if any(error)}
+            for broken, name in BROKEN.items():
+                jobs[broken] = job(tiny, name, tiny.root / broken, broken)
+            folder = cut(one["sft"], tiny.root / "moments_lost", 2)
+            jobs["moments_lost"] = job(tiny, "sft", folder, "moments_lost", resume=True)
+        errors = launcher.run(n, list(jobs.values()), tiny.root / f"jobs_{n}")
+        failed = {name: error for name, error in zip(jobs, errors) if any(error)}
         # Log-probs of other responses under the ratio: that it ends in infinite weights is a difference too.
         assert failed.keys() <= {"wrong_order"}, failed
         assert all("not finite" in said for error in failed.values() for said in error), failed
+        out |= {(name, n): Path(task["config"]["out_dir"]) for name, task in jobs.items()}
     return out
 
 
@@ -132,7 +151,7 @@ def moved(tiny, name: str, run: Path) -> float:
     return apart({k: start[k] for k in shared}, {k: end[k] for k in shared})
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("name", RUNS)
 def test_any_number_of_ranks_makes_the_same_run(tiny, one, ranked, name, ranks):
     run = ranked[name, ranks]
@@ -226,28 +245,3 @@ def test_after_whole_and_before_saving_all_is_sharded(tiny, launcher, tmp_path):
     held, broken = launcher.run(2, jobs, tmp_path / "jobs.json")
     assert all(0.5 <= share < 0.55 for share in held)
     assert all(share > 0.7 for share in broken)  # the twin: embedding and head stay whole
-
-
-def test_fewer_cards_than_ranks(monkeypatch):
-    """Found before any rank waits for another."""
-    monkeypatch.setattr(dist, "LAUNCHED", True)
-    monkeypatch.setattr(dist, "RANKS", 4)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="^4 ranks on a machine with 2 GPUs: --nproc_per_node is at most"):
-        dist.join("cuda", timeout=1.0)
-    with pytest.raises(UserError, match="^--device=cuda:1 with 4 ranks: give --device=cuda, each takes its"):
-        dist.join("cuda:1", timeout=1.0)
-
-
-def test_one_process_loads_nothing_of_it():
-    code = """
-import sys
-import train_rloo
-from rlhf import dist
-assert not dist.LAUNCHED and not hasattr(dist, "fully_shard")
-loaded = {".".join(name.split(".")[:3]) for name in sys.modules}
-assert not loaded & {"torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.run"}
-"""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=environment, check=True)

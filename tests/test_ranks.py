@@ -12,6 +12,10 @@ import pytest
 from ranks import said
 from test_dist import CLOSE, HERE, job, options
 from tiny import distance, log
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+import train_rm
 
 KILLS = int(os.environ.get("KILLS", 3))
 SLOW = dict(batch_size=10, episodes=80, save_every=1, keep=2, schedule="constant")
@@ -96,6 +100,23 @@ def test_an_uneven_deal_does_not_pass(tiny, launcher, tmp_path):
     codes = launcher.codes(2, jobs, tmp_path / "jobs")
     assert (tmp_path / "run/run.json").exists()  # it had begun
     assert any(codes) and not (tmp_path / "run/result.json").exists()
+
+
+def test_compiled_layers_on_ranks(tiny, launcher, tmp_path):
+    """With torch.compile's code generator. An update of 12 pairs; nothing but its rows is long enough."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("no C++ compiler")
+    update = dict(batch_size=12, epochs=3.0, eval_rows=1, center=False)
+    runs = {ranks: tmp_path / f"run_{ranks}" for ranks in (0, 2)}
+    for ranks, run in runs.items():
+        jobs = [job(tiny, "rm", run, "short_rows_too", compile=True, **update)]
+        jobs.append({"measure": "compiled", "of": {}})
+        _, graphs = launcher.run(ranks, jobs, tmp_path / "jobs")
+        assert min(graphs) >= 2  # two halves of a layer
+        assert distance(run, tiny.run(train_rm, **update)) < CLOSE
+    assert distance(runs[0], runs[2]) < CLOSE
 
 
 @pytest.mark.parametrize("line, error", [
