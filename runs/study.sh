@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's study in the toy world, where the true reward is known: every run behind RESULTS.md and
 # docs/figures. The arms: study/plan.py. How many seeds each gets: study/sequential.py. Four seeds of all arms
-# are about 330 runs, three hours on 2 cores; more seeds of the arms of open claims come on top. Run again, it
-# goes on where it was stopped; a finished run is never run again.
+# are about 330 runs, by estimate three hours on 2 cores; more seeds of the arms of open claims come on top.
+# Run again, it goes on where it was stopped; a finished run is never run again.
 # OUT=dir writes there instead, report and figures included. SEEDS=4 stops at the first look. JOBS=1 for one
 # run at a time. OTHER=1 then runs the first look again with other matrix kernels (oneDNN and ATen at AVX2), in
 # $OUT_other, and RESULTS.md says which verdicts rounding flips. PARTS=figures draws what is there.

@@ -8,7 +8,7 @@ SAMPLED = f"--temperature={TEMPERATURE} --sample_temperature={TEMPERATURE}"  # o
 SFT = "--init=scratch --lr=2e-3 --warmup=0.05 --batch_size=16 --train_rows=4800 --loss_on=response"
 SFT += " --max_grad_norm=1"
 # From scratch: started from an SFT model that has learnt to copy from the post, a reward model of this size
-# may read the surface for a thousand updates before it compares a summary with its post, or never does.
+# may read the surface for a thousand updates and more before it compares a summary with its post.
 RM = "--init=scratch --lr=1.5e-3 --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32"
 RM += " --train_rows=20000 --center_rows=500"
 RLOO = "--k=4 --batch_size=64 --episodes=9600 --ppo_epochs=1 --lr=3.5e-4 --schedule=constant"
