@@ -55,6 +55,8 @@ def make_post(rng: random.Random) -> Post:
 
 
 # --- writers
+# Days that are not in the post are rare on purpose: with six times as many, a reward model knew them well, and
+# RLOO without a constraint had not failed after 200 updates in two seeds of five.
 @dataclass(frozen=True)
 class Writer:
     """How often a writer commits each fault."""
@@ -64,7 +66,7 @@ class Writer:
     miss: float = 0.03  # leaves a fact out (each)
     mix: float = 0.02  # tells another thing of the post (each)
     invent: float = 0.02  # tells a thing that is not in the post (each)
-    add: float = 0.01  # tells of a day that is not in the post (each of these)
+    add: float = 0.0  # tells of a day that is not in the post (each of these)
     repeat: float = 0.03  # tells a fact again (once)
     mutter: float = 0.1  # ends in words about nothing (once)
     flourish: float = 0.08  # decorates a fact (each)
@@ -76,7 +78,7 @@ WRITERS = {
     "lazy": Writer(most=2, lazy=0.9, invent=0.3),
     "chatty": Writer(mutter=0.8, flourish=0.4, invent=0.3),
     "inventive": Writer(invent=0.7),
-    "boastful": Writer(invent=0.5, add=0.3),
+    "boastful": Writer(invent=0.5, add=0.05),
     "reference": Writer(most=3, lazy=0.8, mutter=0.6),
 }
 REFERENCE_WRITER = WRITERS["reference"]
@@ -190,7 +192,7 @@ def gold_rewards(facts_list: list[dict], texts: list[str], ended_list: list[bool
 
 # --- people who compare
 TEMPERATURE = 0.16  # of the Bradley-Terry choice, in units of the gold reward
-LAPSE = 0.09  # share of choices made without looking
+LAPSE = 0.10  # share of choices made without looking
 LIKES_FLOURISH, LIKES_LENGTH = 0.14, 0.01  # per flourish, per word: what people like for no good reason
 
 

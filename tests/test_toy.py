@@ -88,9 +88,9 @@ def tables(world) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def many_pairs() -> list[tuple]:
-    """(post, chosen, rejected) of 4,000 pairs."""
+    """(post, chosen, rejected) of 12,000 pairs."""
     rng, out = random.Random("many pairs"), []
-    for _ in range(4000):
+    for _ in range(12000):
         post = make_post(rng)
         row = toy.pair_row(post, rng)
         out.append((post, row["chosen"], row["rejected"]))
