@@ -10,8 +10,8 @@ of "Failure Modes of Maximum Entropy RLHF" (arXiv 2509.20265, 4.1 and 4.2).
 Leaves out: a value function. To read beside it: rlhf/forward.py, rlhf/rewards.py, rlhf/policy.py.
 CPU, toy world (a minute; gold 0.54 to 0.74, kl about 2):
     python train_rloo.py --data_dir=out/toy/data --model=out/toy/sft --reward_model=out/toy/rm \
-        --out_dir=out/toy/rloo --reward=kl:0.1 --lr=1.5e-4 --schedule=constant --k=4 --batch_size=64 \
-        --episodes=12800 --ppo_epochs=1
+        --out_dir=out/toy/rloo --reward=kl:0.1 --lr=1.1e-4 --schedule=constant --k=4 --batch_size=64 \
+        --episodes=23040 --ppo_epochs=1
 GPU, Pythia 1B (published win rate about 51 %): bash runs/paper_1b.sh
 """
 

@@ -4,7 +4,8 @@
 
 strong    the same update on more ranks; the speed-up is over one process without torchrun
 weak      n times the prompts on n ranks; the efficiency is that process's seconds over theirs
-hooks     one rank under torchrun against that process: what sharding costs where nothing is sent
+hooks     what FSDP adds to a forward of one module and its backward: a model of hardly any arithmetic,
+          sharded on one rank, against the same model as it is
 on paper  RLOO with the paper's sizes: the arithmetic of floor.py and the bytes that a rank receives, at the
           rates named here; speed-up if one comes after the other, and if both go on at once. Nothing of it
           is measured
@@ -21,7 +22,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bench.floor import costs
 from bench.sides import Gate, Stopped
@@ -29,6 +29,9 @@ from bench.work import SHAPES, VOCABULARY, Work, make_work, write_data, write_mo
 from rlhf import dist
 from rlhf.common import setup
 from rlhf.config import RunError
+from rlhf.forward import summed_nll
+from rlhf.groups import pack
+from rlhf.model import NeoX, NeoXConfig
 
 CARD = 400e12  # FLOP/s in bfloat16: 40 % of an H100's 989e12
 INSIDE = 200e9  # bytes/s that a card receives from the others of its machine (NVLink)
@@ -37,6 +40,7 @@ PER_MACHINE = 8
 ON_PAPER = (1, 8, 16, 32, 64)
 BATCH = dict(N=256, K=2, P=512, R=53)  # the paper's update: 512 responses, 4 epochs
 EPOCHS = 4
+LAYERS = 16  # of the model whose hooks are timed
 MICRO_BATCH_TOKENS = 4096
 
 
@@ -50,20 +54,35 @@ class Clock(Gate):
         super().__init__(None, device)
         self.updates = updates
         self.seen = []
-        self.forwards = 0  # of sharded modules, in the first update
 
     def wait(self, message: dict) -> None:
         if message:
-            self.counting.remove()
             self.seen.append(message)
-        else:
-            self.counting = register_module_forward_pre_hook(self.count)
         if len(self.seen) == self.updates:
             raise Stopped
         self.began = self.now()
 
-    def count(self, module: torch.nn.Module, inputs: tuple) -> None:
-        self.forwards += dist.LAUNCHED and isinstance(module, dist.FSDPModule)
+
+def hook_seconds(clock: Clock, passes: int = 100) -> float:
+    """Of a module and pass: the median of the sharded model less that of the plain one, which take turns."""
+    models = []
+    for sharded in (False, True):
+        with torch.device("meta"):
+            model = NeoX(NeoXConfig(128, 16, LAYERS, 2, 32))
+        if sharded:
+            dist.shard(model)
+        models.append(model.to_empty(device=clock.device))
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    groups = pack([[5] * 8], [[[7] * 8]], max_positions=64, device=clock.device)
+    took = [[], []]
+    for _ in range(passes):
+        for model, seconds in zip(models, took):
+            began = clock.now()
+            summed_nll(model, groups).backward()
+            seconds.append(clock.now() - began)
+    plain, sharded = map(statistics.median, took)
+    return (sharded - plain) / len(dist.units(models[1]))
 
 
 def main(job: Path) -> None:
@@ -82,7 +101,9 @@ def main(job: Path) -> None:
     peaks = dist.exchange(clock.peak_memory())
     timed = [step["seconds"] for step in clock.seen[1 + cfg.warmup_steps :]]
     found = {"seconds": statistics.median(timed), "peak_gib": max(peaks) / 2**30}
-    found |= {"forwards": clock.forwards, "check": clock.seen[0]["check"]}
+    found["check"] = clock.seen[0]["check"]
+    if dist.LAUNCHED and dist.RANKS == 1:
+        found["hooks"] = hook_seconds(clock)
     if dist.FIRST:
         job.with_suffix(".found").write_text(json.dumps(found))
     dist.leave()
@@ -133,13 +154,10 @@ def scaling(cfg, kind: str, ranks: list[int], folder: str, compare) -> dict:
                    "efficiency": alone["seconds"] / weak["seconds"]}
         print(f"  {n:5}{strong['seconds']:9.3f}s{rows[n]['speed_up']:9.2f}x{strong['peak_gib']:10.2f}"
               f"{weak['seconds']:9.3f}s{rows[n]['efficiency']:12.1%}")
-    hooks = None
     if 1 in rows:
-        seconds = rows[1]["strong"]["seconds"] - alone["seconds"]
-        hooks = seconds / rows[1]["strong"]["forwards"]
-        print(f"  hooks: {seconds:.3f} s of an update on one rank, {hooks * 1e6:.0f} us for each of "
-              f"{rows[1]['strong']['forwards']} forwards of a sharded module, its backward included")
-    return {"work": kind, "model": work.model, "alone": alone, "ranks": rows, "hook_seconds": hooks}
+        hooks = rows[1]["strong"]["hooks"] * 1e6
+        print(f"  hooks: {hooks:.0f} us for a forward of one module and its backward")
+    return {"work": kind, "model": work.model, "alone": alone, "ranks": rows}
 
 
 # --- on paper

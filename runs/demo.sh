@@ -14,7 +14,7 @@ python train_sft.py $common --model=$out/data/base --init=scratch --out_dir=$out
 python train_rm.py $common --model=$out/data/base --init=scratch --out_dir=$out/rm --lr=1.5e-3 \
     --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32 --train_rows=20000 --center_rows=500
 rloo="python train_rloo.py $common --model=$out/sft --reward_model=$out/rm --k=4 --batch_size=64
-    --episodes=12800 --ppo_epochs=1 --lr=1.5e-4 --schedule=constant"
+    --episodes=23040 --ppo_epochs=1 --lr=1.1e-4 --schedule=constant"
 $rloo --reward=kl:0.1 --out_dir=$out/rloo_kl
 $rloo --reward=kl:0 --out_dir=$out/rloo_free
 $rloo --reward=maxent_length:0.1 --out_dir=$out/rloo_maxent

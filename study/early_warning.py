@@ -40,7 +40,7 @@ def either_way(name: str) -> Callable[[Metric], np.ndarray]:
 
 def tail_surprisal(metric: Metric) -> np.ndarray:
     """-log P(a sample of the first updates scores as high as the mean does now), normal tails."""
-    start, spread = metric("scores")[0], metric("scores_std")[0]
+    start, spread = metric("scores")[0], max(metric("scores_std")[0], 1e-6)  # 0: all had the same score
     z = torch.from_numpy((metric("scores") - start) / spread)
     return -torch.special.log_ndtr(-z).numpy()
 

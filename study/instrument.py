@@ -48,13 +48,13 @@ from study.criteria import (
 from study.settings import OFFLINE, RLOO, RM, SAMPLED, SFT, SIZES, TEMPERATURE
 from study.tasks import Task, start_all
 
-SEEDS = (71, 72, 73, 74, 75)
-SFT_SEEDS = (71, 72, 73)
-WORLD = 71
+SEEDS = (81, 82, 83, 84, 85)
+SFT_SEEDS = (81, 82, 83)
+WORLD = 81
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
 OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
 
-REWARDS = {"kl": "kl:0.1", "free": "kl:0 --save_every=30 --keep=0", "maxent": "maxent_length:0.1"}
+REWARDS = {"kl": "kl:0.1", "free": "kl:0 --save_every=60 --keep=0", "maxent": "maxent_length:0.1"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,6 @@ SFT += " --max_grad_norm=1"
 # may read the surface for a thousand updates and more before it compares a summary with its post.
 RM = "--init=scratch --lr=1.5e-3 --warmup=0.1 --max_grad_norm=0.5 --adam_eps=1e-8 --batch_size=32"
 RM += " --train_rows=20000 --center_rows=500"
-RLOO = "--k=4 --batch_size=64 --episodes=12800 --ppo_epochs=1 --lr=1.5e-4 --schedule=constant"
+RLOO = "--k=4 --batch_size=64 --episodes=23040 --ppo_epochs=1 --lr=1.1e-4 --schedule=constant"
 RLOO += f" --temperature={TEMPERATURE}"
 OFFLINE = "--train_rows=1500 --batch_size=32 --lr=1e-4"

@@ -80,7 +80,7 @@ def test_a_dead_rank_ends_the_run(tiny, tmp_path):
     killed = time.time()
     torchrun.communicate(timeout=60)
     assert torchrun.returncode == 1 and len(children) == 2
-    assert time.time() - killed < 30  # on a loaded machine; else 1 to 6 s
+    assert time.time() - killed < 10  # 1 to 6 s
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
@@ -109,14 +109,10 @@ def test_compiled_layers_on_ranks(tiny, launcher, tmp_path):
     except InvalidCxxCompiler:
         pytest.skip("no C++ compiler")
     update = dict(batch_size=12, epochs=3.0, eval_rows=1, center=False)
-    runs = {ranks: tmp_path / f"run_{ranks}" for ranks in (0, 2)}
-    for ranks, run in runs.items():
-        jobs = [job(tiny, "rm", run, "short_rows_too", compile=True, **update)]
-        jobs.append({"measure": "compiled", "of": {}})
-        _, graphs = launcher.run(ranks, jobs, tmp_path / "jobs")
-        assert min(graphs) >= 2  # two halves of a layer
-        assert distance(run, tiny.run(train_rm, **update)) < CLOSE
-    assert distance(runs[0], runs[2]) < CLOSE
+    jobs = [job(tiny, "rm", tmp_path / "run", "short_rows_too", compile=True, **update)]
+    _, graphs = launcher.run(2, [*jobs, {"measure": "compiled", "of": {}}], tmp_path / "jobs")
+    assert min(graphs) >= 2  # two halves of a layer
+    assert distance(tmp_path / "run", tiny.run(train_rm, **update)) < CLOSE
 
 
 @pytest.mark.parametrize("line, error", [
