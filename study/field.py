@@ -179,11 +179,12 @@ def chain(name: str, factor: str, seed: int, cfg: Config) -> list[Task]:
 
 
 def preparation(names: list[str], seed: int, out: Path) -> list[list[Task]]:
-    """Reward models of a seed and their average, if one of these methods asks for them."""
+    """Reward models of a seed, and an average, if one of these methods asks for them."""
     if all(command.startswith("train_simpo.py") for name in names for command in EVERYTHING[name].commands):
         return []
     models = out / f"models_s{seed}"
-    return [reward_models(out, models, (10 * seed + 1, 10 * seed + 2, 10 * seed + 3)), average(models)]
+    three = reward_models(out, models, (10 * seed + 1, 10 * seed + 2, 10 * seed + 3))
+    return [three, *average(out, models)]
 
 
 def trained(tasks: list[Task]) -> list[Task]:

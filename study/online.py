@@ -162,7 +162,8 @@ def main(cfg: Config) -> None:
         start_all(world(out), logs)
         start_all(sft_model(out), logs)
         start_all(reward_models(out, out, REWARD_MODEL_SEEDS), logs)
-        start_all(average(out), logs)
+        for stage in average(out, out):
+            start_all(stage, logs)
         start_chains([chain(name, seed, cfg) for seed in seeds for name in names], logs)
         models = [f"{out}/sft", f"{out}/*_s[0-9]"]
         start(sweep(out, "eval", models, ROWS), logs, ONE_THREAD)  # goes on with what is new

@@ -27,6 +27,7 @@ RATES = {  # learning rates
     "train_sft.py": 3e-4,
     "train_simpo.py": 1e-4,
 }
+RM_GOES_ON = RM.replace("--init=scratch --lr=1.5e-3", "--lr=5e-4").replace("20000", "8000")
 OFFLINE = ("train_sft.py", "train_simpo.py")  # they ask no reward model
 
 
@@ -48,10 +49,14 @@ def reward_models(out: Path, models: Path, seeds: tuple[int, int, int]) -> list[
     return [Task(models / name, f"{command}{seed}") for name, seed in zip(("rm", "rm_2", "rm_3"), seeds)]
 
 
-def average(models: Path) -> list[Task]:
-    """Of the three reward models in a folder."""
-    members = ",".join(f"{models}/{name}" for name in ("rm", "rm_2", "rm_3"))
-    return [Task(models / "rm_average", f"average.py --overwrite --models={members}", "config.json")]
+def average(out: Path, models: Path) -> list[list[Task]]:
+    """Stages: three reward models that go on from `rm`, each with another head and order; their mean weights.
+    WARM averages models of one pretrained start; of random starts of their own the mean is no model."""
+    command = f"train_rm.py --resume --data_dir={out}/data --model={models}/rm {RM_GOES_ON} --seed="
+    members = [Task(models / f"rm_on_{seed}", f"{command}{seed}") for seed in (1, 2, 3)]
+    names = ",".join(str(task.out) for task in members)
+    mean = Task(models / "rm_average", f"average.py --overwrite --models={names}", "config.json")
+    return [members, [mean]]
 
 
 # --- runs

@@ -345,7 +345,7 @@ def test_stages_of_a_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(field, "start_chains", lambda chains, logs: [finish(t) for c in chains for t in c])
     cfg = Config(out_dir=str(tmp_path))
     field.run_all(["dpo", "rloo"], [2], cfg)
-    models = ["rm", "rm_2", "rm_3", "rm_average"]
+    models = ["rm", "rm_2", "rm_3", "rm_on_1", "rm_on_2", "rm_on_3", "rm_average"]
     runs = [f"{name}_{factor}_s2" for name in ("dpo", "rloo") for factor in FACTORS]
     assert done == ["data", "sft", *models, *runs, "eval_dpo_s2", "eval_rloo_s2"]
     assert not list(tmp_path.glob("*/ckpt"))
