@@ -55,8 +55,8 @@ def make_post(rng: random.Random) -> Post:
 
 
 # --- writers
-# Days that are not in the post are rare on purpose: with six times as many, a reward model knew them well, and
-# RLOO without a constraint had not failed after 200 updates in two seeds of five.
+# Days that are not in the post are rare on purpose: with six times as many, good reward models knew them, and
+# RLOO without a constraint was slow to fail (single trials).
 @dataclass(frozen=True)
 class Writer:
     """How often a writer commits each fault."""

@@ -62,8 +62,8 @@ def join(device: str, timeout: float) -> str:
 
 
 def leave() -> None:
-    """Ends the group. Without the barrier one exit in 24 aborted: a thread of gloo's that still holds the tensors
-    of the last exchange wants Python back to free them, while Python ends; in a barrier it gets its turn."""
+    """Ends the group. Without the barrier one process in 24 aborted here: a thread of gloo that still holds
+    the tensors of the last exchange needs Python to free them, while Python ends; a barrier gives it time."""
     if LAUNCHED and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
