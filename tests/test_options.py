@@ -34,7 +34,7 @@ DIFFERENT = 5e-4  # the least effect of an option; nothing may lie between the t
 ELSEWHERE = {
     "revision", "out_dir", "resume", "overwrite", "device", "reward_fn", "compare_fn",
     "samples_every", "dry_run", "plain", "rank_timeout",
-    "wandb", "tensorboard", "clip_high", "value_clip",
+    "wandb", "tensorboard", "clip", "clip_high", "value_clip",
     "judge_order", "judge_model", "judge_url", "judge_template", "judge_cache", "judge_concurrency",
     "judge_timeout", "judge_max_tokens", "judge_max_requests", "judge_max_cost", "judge_price_in",
     "judge_price_out",
@@ -60,7 +60,7 @@ REWARD = MISSING_EOS | MIX | dict(
     entropy_rate=dict(entropy_target=5.0, entropy_rate=0.5),
 )
 ROLLOUT = dict(rollout="adaptive", reset_share=dict(rollout="reset", reset_share=0.9))
-ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1, clip=0.5)
+ALGORITHM = dict(k=4, advantage="grpo", episodes=20, batch_size=6, ppo_epochs=1)
 RATIO = dict(policy_loss="token")
 SAMPLING = dict(temperature=1.0, top_p=0.5)
 PPO = dict(
@@ -169,8 +169,8 @@ def test_both_bounds_of_the_clip_reach_the_policy_loss(tiny, monkeypatch, clip_h
     usual = POLICY_LOSSES["sequence"]
     spy = lambda *args, **bounds: seen.append(bounds) or usual(*args, **bounds)  # noqa: E731
     monkeypatch.setitem(POLICY_LOSSES, "sequence", spy)
-    tiny.fresh(train_rloo, clip_high=clip_high)
-    assert seen and all(bounds == {"clip": 0.1, "clip_high": clip_high} for bounds in seen)
+    tiny.fresh(train_rloo, clip=0.15, clip_high=clip_high)
+    assert seen and all(bounds == {"clip": 0.15, "clip_high": clip_high} for bounds in seen)
 
 
 def test_every_reward_moves_the_weights_its_own_way(tiny):
