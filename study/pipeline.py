@@ -27,7 +27,7 @@ RATES = {  # learning rates
     "train_sft.py": 3e-4,
     "train_simpo.py": 1e-4,
 }
-RM_GOES_ON = RM.replace("--init=scratch --lr=1.5e-3", "--lr=5e-4").replace("20000", "8000")
+RM_GOES_ON = f"{RM} --init=pretrained --lr=5e-4 --train_rows=8000"  # a later option overrides
 OFFLINE = ("train_sft.py", "train_simpo.py")  # they ask no reward model
 
 

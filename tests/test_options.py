@@ -163,6 +163,12 @@ def test_the_same_values_give_the_same_run(tiny, script):
     assert script not in TRAINING or distance(again, tiny.run(script)) == 0
 
 
+def test_another_clip_range_trains_another_model(tiny):
+    """In more updates than other options need: of so few samples few ratios leave the range."""
+    runs = [tiny.run(train_rloo, episodes=32, **change) for change in ({}, dict(clip=0.5))]
+    assert distance(*runs) > DIFFERENT
+
+
 @pytest.mark.parametrize("clip_high", [None, 0.3])
 def test_both_bounds_of_the_clip_reach_the_policy_loss(tiny, monkeypatch, clip_high):
     seen = []

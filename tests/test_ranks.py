@@ -109,10 +109,14 @@ def test_compiled_layers_on_ranks(tiny, launcher, tmp_path):
     except InvalidCxxCompiler:
         pytest.skip("no C++ compiler")
     update = dict(batch_size=12, epochs=3.0, eval_rows=1, center=False)
-    jobs = [job(tiny, "rm", tmp_path / "run", "short_rows_too", compile=True, **update)]
-    _, graphs = launcher.run(2, [*jobs, {"measure": "compiled", "of": {}}], tmp_path / "jobs")
-    assert min(graphs) >= 2  # two halves of a layer
-    assert distance(tmp_path / "run", tiny.run(train_rm, **update)) < CLOSE
+    runs = {ranks: tmp_path / f"run_{ranks}" for ranks in (0, 2)}
+    for ranks, run in runs.items():
+        jobs = [job(tiny, "rm", run, "short_rows_too", compile=True, **update)]
+        jobs.append({"measure": "compiled", "of": {}})
+        _, graphs = launcher.run(ranks, jobs, tmp_path / "jobs")
+        assert min(graphs) >= 2  # two halves of a layer
+        assert distance(run, tiny.run(train_rm, **update)) < CLOSE
+    assert distance(runs[0], runs[2]) < CLOSE
 
 
 @pytest.mark.parametrize("line, error", [

@@ -50,7 +50,7 @@ def mean(values) -> float:
 
 K = 3
 REWARD = dict(kl=0.05, maxent_length=0.1)
-RLOO = dict(temperature=0.7, clip=0.1, lr=0.05, ppo_epochs=3)
+RLOO = dict(temperature=1.3, clip=0.1, lr=0.05, ppo_epochs=3)
 
 
 def plain_rloo(root, rollouts, *, temperature, clip, lr, ppo_epochs, penalty=1.0) -> tuple[list, dict]:
@@ -111,9 +111,8 @@ def test_rloo_equals_a_plain_loop(tiny, generated):
     assert apart(load_file(tiny.root / "policy/model.safetensors"), final) > 100 * EXACT
     for ours, theirs in zip(log(run), lines, strict=True):
         assert {key: ours[key] for key in theirs} == {key: close(value) for key, value in theirs.items()}
-        assert 0.05 < theirs["clipfrac"] < 0.95
+        assert 0.05 < theirs["clipfrac"] < 0.95 and 0 < ours["eos_share"] < 1
         assert abs(theirs["kl_prev/k1"]) > CLEAR
-    assert 0 < min(line["eos_share"] for line in log(run)) < 1
     for twin in (dict(ppo_epochs=2), dict(clip=5.0), dict(penalty=2.0), dict(temperature=1.0)):
         _, other = plain_rloo(tiny.root, rollouts, **{**RLOO, **twin})
         assert apart(weights(run), other) > CLEAR, twin
